@@ -1,0 +1,158 @@
+"""Label a corpus with a model: one task per group of shards."""
+
+import threading
+import time
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from storage.corpus import load_corpus
+from storage.store import Store, open_store
+from tasks import labeling
+from tasks.classifiers import StoredClassifier, load_classifier
+from tasks.devices import DeviceChoice, resolve_device
+from tasks.labeling import LabelingConfig
+from tasks.live_progress import LiveProgress
+from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
+from tasks.stages import Reference, reference, reused
+
+# Threads do not see SIGTERM or Ctrl-C: the flow's main thread tells them, and they stop between
+# shards. One flow of this kind runs in a process at a time.
+_stopping = threading.Event()
+
+
+class LabelingStopped(Exception):
+    """A labelling was asked to stop; every finished shard is recorded."""
+
+
+# One thread, because one device: decoding has threads of its own.
+@flow(name="label", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
+def label_corpus(
+    store: str,
+    model: str,
+    corpus: str,
+    config: LabelingConfig | None = None,
+    class_names: list[str] | None = None,
+    device: DeviceChoice = "auto",
+    max_bad_samples: int = 0,
+    label: str = "label",
+    artifact: str = "label",
+) -> Reference | State:
+    """Label every shard of a corpus that the model has not labelled yet.
+
+    Args:
+        store: URL of the store.
+        model: fingerprint of the teacher.
+        corpus: digest of the corpus, from `selftrain data index --store`.
+        config: how to label.
+        class_names: label space; default: the model's own.
+        device: where to compute.
+        max_bad_samples: undecodable images that a shard may hold.
+        label: name of the stage in progress reports.
+        artifact: key of the progress artifact.
+    """
+    started = time.monotonic()
+    opened = open_store(store)
+    config = config or LabelingConfig()
+    classifier = load_classifier(
+        opened, model, device=resolve_device(device), class_names=class_names
+    )
+    view = classifier.description
+    labeler = labeling.labeler_fingerprint(
+        config,
+        teacher=model,
+        view={
+            "image_size": view.image_size,
+            "crop_padding": view.crop_padding,
+            "interpolation": view.interpolation,
+        },
+        class_names=classifier.class_names,
+    )
+    specification = labeling.specify(labeler=labeler, corpus=corpus)
+    there = reused(opened, specification)
+    if there is not None:
+        return there
+    whole = load_corpus(opened, corpus)
+    missing = labeling.shards_to_label(opened, labeler, whole)
+    batch_size = labeling.resolve_batch_size(
+        opened,
+        labeler,
+        config,
+        image_size=view.image_size,
+        device=classifier.device,
+    )
+    progress = LiveProgress(label, "images", key=artifact)
+    done = whole.num_samples - sum(shard.num_samples for shard in missing)
+    progress.update(done, whole.num_samples)
+    _stopping.clear()
+    futures = []
+    for group in labeling.group_shards(missing, config.shards_per_task):
+        futures.append(
+            label_group.with_options(task_run_name=f"{group[0].stem} + {len(group) - 1}").submit(
+                opened,
+                corpus,
+                [shard.stem for shard in group],
+                classifier,
+                labeler=labeler,
+                config=config,
+                batch_size=batch_size,
+                max_bad_samples=max_bad_samples,
+                progress=progress,
+                done_before=done,
+                total=whole.num_samples,
+            )
+        )
+        done += sum(shard.num_samples for shard in group)
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        _stopping.set()
+        raise
+    return reference(
+        labeling.finish(opened, specification, seconds=time.monotonic() - started)
+    )
+
+
+@task(
+    name="label-shards",
+    persist_result=False,
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_SECONDS,
+    retry_condition_fn=worth_retrying,
+)
+def label_group(
+    store: Store,
+    corpus: str,
+    stems: list[str],
+    classifier: StoredClassifier,
+    *,
+    labeler: str,
+    config: LabelingConfig,
+    batch_size: int,
+    max_bad_samples: int,
+    progress: LiveProgress,
+    done_before: int,
+    total: int,
+) -> int:
+    """Label the shards of one group and return the number of images."""
+    started, done = time.monotonic(), 0
+    for num_samples in labeling.label_shards(
+        store,
+        corpus,
+        stems,
+        classifier,
+        labeler=labeler,
+        precision=config.precision,
+        batch_size=batch_size,
+        max_bad_samples=max_bad_samples,
+    ):
+        done += num_samples
+        rate = done / (time.monotonic() - started)
+        progress.update(done_before + done, total, images_per_second=rate)
+        if _stopping.is_set():
+            raise LabelingStopped(f"stopped after {done} images of this group")
+    return done

@@ -1,0 +1,126 @@
+"""Select pseudo-labels from a labelling: three passes over groups of shards."""
+
+import time
+from functools import reduce
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from models.balancing import (
+    finish_plan,
+    merge_candidates,
+    merge_histograms,
+    needs_candidates,
+    plan_balance,
+)
+from storage.addresses import evaluation_folder, labeling_folder
+from storage.corpus import load_corpus
+from storage.manifest import Manifest, read_manifest
+from storage.store import Store, open_store
+from tasks import selection
+from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
+from tasks.progress import Progress, report
+from tasks.selection import SelectionConfig
+from tasks.stages import Reference, reference, reused
+
+_SHARDS_PER_TASK = 32
+_MAX_TASKS_PER_PASS = 100
+
+_OPTIONS: dict[str, Any] = {
+    "persist_result": False,
+    "cache_policy": NO_CACHE,
+    "retries": RETRIES,
+    "retry_delay_seconds": RETRY_DELAY_SECONDS,
+    "retry_condition_fn": worth_retrying,
+}
+
+count_confidences = task(selection.count_confidences, name="count-confidences", **_OPTIONS)
+collect_candidates = task(selection.collect_candidates, name="collect-candidates", **_OPTIONS)
+write_selections = task(selection.write_selections, name="write-selections", **_OPTIONS)
+
+
+@flow(name="select", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
+def select_pseudo_labels(
+    store: str,
+    labeling: str,
+    validation: str,
+    class_names: list[str],
+    config: SelectionConfig | None = None,
+    seed: int = 0,
+    round_index: int = 1,
+    label: str = "select",
+) -> Reference | State:
+    """Calibrate, threshold and balance the predictions of one labelling.
+
+    Args:
+        store: URL of the store.
+        labeling: fingerprint of the labelling.
+        validation: fingerprint of the same model's validation on dev, for the temperature.
+        class_names: label space.
+        config: the rules.
+        seed: of the draws that round copies.
+        round_index: part of the draws' stream.
+        label: name of the stage in progress reports.
+    """
+    started = time.monotonic()
+    opened = open_store(store)
+    config = config or SelectionConfig()
+    specification = selection.specify(
+        config, labeling=labeling, validation=validation, seed=seed, round_index=round_index
+    )
+    there = reused(opened, specification)
+    if there is not None:
+        return there
+    labels = _finished(opened, labeling_folder(labeling), labeling)
+    dev = None
+    if config.calibration == "temperature":
+        dev = _finished(opened, evaluation_folder(validation), validation)
+    inputs, facts = selection.calibrate(opened, specification, labels, dev)
+    corpus = load_corpus(opened, inputs.corpus)
+    stems = [shard.stem for shard in corpus.shards]
+    size = max(_SHARDS_PER_TASK, -(-len(stems) // _MAX_TASKS_PER_PASS))
+    groups = [stems[start : start + size] for start in range(0, len(stems), size)]
+
+    counted = [count_confidences.submit(opened, inputs, group, config) for group in groups]
+    histogram = reduce(merge_histograms, [future.result() for future in counted])
+    plan = plan_balance(config.balance, histogram)
+    candidates = None
+    if needs_candidates(plan):
+        collected = [
+            collect_candidates.submit(opened, inputs, group, config, plan) for group in groups
+        ]
+        found = [one for future in collected for one in future.result()]
+        candidates = reduce(merge_candidates, found)
+    finished_plan = finish_plan(plan, candidates)
+    writing = [
+        write_selections.submit(opened, specification, inputs, group, config, finished_plan)
+        for group in groups
+    ]
+    for number, future in enumerate(writing, start=1):
+        future.result()
+        report(Progress(label, number, len(groups), "groups of shards"))
+    floor = config.threshold.confidence
+    if hasattr(finished_plan, "thresholds"):
+        facts["class_thresholds"] = finished_plan.thresholds(floor).tolist()
+        facts["quota"] = finished_plan.quota
+    manifest = selection.finish(
+        opened,
+        specification,
+        labels,
+        dev,
+        config,
+        facts=facts,
+        class_names=class_names,
+        seconds=time.monotonic() - started,
+    )
+    return reference(manifest)
+
+
+def _finished(store: Store, folder: str, fingerprint: str) -> Manifest:
+    manifest = read_manifest(store, folder, expect_fingerprint=fingerprint)
+    if manifest is None:
+        raise ValueError(f"{store.url_of(folder)} is not finished: run that stage first")
+    return manifest

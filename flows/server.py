@@ -1,0 +1,178 @@
+"""The Prefect server of a run: the one that is configured, or a real process of our own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilterId as ById
+from prefect.client.schemas.filters import FlowRunFilterParentFlowRunId as ByParent
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    temporary_settings,
+)
+
+from tasks.children import die_with_parent, stop_process_group
+
+START_TIMEOUT_SECONDS = 120
+DRAIN_TIMEOUT_SECONDS = 30
+
+# Task states reach the server's database in batches: larger ones keep up with larger fan-outs.
+_SERVER_SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """A reachable Prefect API; `is_ours` when this process started it and will stop it."""
+
+    api_url: str
+    is_ours: bool
+
+    @property
+    def ui_url(self) -> str:
+        """Address of the UI."""
+        return self.api_url.removesuffix("/api")
+
+
+class ServerNotStarted(RuntimeError):
+    """The Prefect server process ended or did not answer in time."""
+
+
+@contextmanager
+def prefect_server(*, port: int | None = None) -> Iterator[PrefectServer]:
+    """Yield the server that PREFECT_API_URL names, or start one and stop it afterwards.
+
+    Ours is a process of its own on loopback, on the database of the user's PREFECT_HOME, so that
+    `selftrain ui` shows the run later. It dies with this process, also under kill -9. The embedded
+    server of Prefect is not used: it stops before its queue of task states is empty.
+    """
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield PrefectServer(api_url=configured, is_ours=False)
+        return
+    port = port or _free_port()
+    log_path = Path(mkdtemp(prefix="selftrain-prefect-")) / "server.log"
+    with log_path.open("wb") as log:
+        process = start_server_process(port, log)
+        try:
+            api_url = f"http://127.0.0.1:{port}/api"
+            _wait_until_healthy(api_url, process, log_path)
+            with temporary_settings(
+                {
+                    PREFECT_API_URL: api_url,
+                    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False,
+                    # Nobody watches this server for lost machines, and heartbeats cost a second
+                    # a flow.
+                    PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+                }
+            ):
+                yield PrefectServer(api_url=api_url, is_ours=True)
+        finally:
+            stop_process_group(process, grace_seconds=20)
+
+
+def start_server_process(port: int, log: Any) -> "subprocess.Popen[bytes]":
+    """Start Prefect's API and UI on 127.0.0.1:`port`; its output goes to the open file `log`."""
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--timeout-keep-alive", "5"]
+    environment = {
+        **os.environ,
+        **_SERVER_SETTINGS,
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
+    }
+    environment.pop("PREFECT_API_URL", None)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def wait_until_recorded(
+    flow_run_id: str, *, timeout_seconds: float = DRAIN_TIMEOUT_SECONDS
+) -> bool:
+    """Return whether the API holds a final state of the flow run, its subflows and their tasks.
+
+    Task states travel as events and arrive late: a server stopped at once would show a finished
+    run with tasks `Running` for ever.
+    """
+    EventsWorker.drain_all(timeout=10)
+    APILogWorker.drain_all(timeout=10)
+    deadline = time.monotonic() + timeout_seconds
+    previous: tuple[int, int] | None = None
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < deadline:
+            unfinished, total = _count_states(client, UUID(flow_run_id))
+            if unfinished == 0 and previous == (0, total):
+                return True
+            previous = (unfinished, total)
+            time.sleep(0.5)
+    return False
+
+
+def _count_states(client: SyncPrefectClient, flow_run_id: UUID) -> tuple[int, int]:
+    children = FlowRunFilter(parent_flow_run_id=ByParent(any_=[flow_run_id]))
+    subflows = client.read_flow_runs(flow_run_filter=children)
+    ids = [flow_run_id, *(run.id for run in subflows)]
+    family = FlowRunFilter(id=ById(any_=ids))
+    states = [client.read_flow_run(flow_run_id).state, *(run.state for run in subflows)]
+    num_tasks = 0
+    while page := client.read_task_runs(flow_run_filter=family, limit=200, offset=num_tasks):
+        num_tasks += len(page)
+        states.extend(run.state for run in page)
+    unfinished = sum(state is None or not state.is_final() for state in states)
+    return unfinished, len(states)
+
+
+def _wait_until_healthy(api_url: str, process: "subprocess.Popen[bytes]", log_path: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{api_url}/health", timeout=2).is_success:
+                return
+        except httpx.HTTPError:
+            pass  # not listening yet; the deadline and the process's end bound the wait
+        time.sleep(0.2)
+    tail = log_path.read_text(errors="replace")[-2000:]
+    raise ServerNotStarted(
+        f"the Prefect server on {api_url} did not start within {START_TIMEOUT_SECONDS} s"
+        f" (exit code {process.poll()}). Its log, {log_path}, ends:\n{tail}\n"
+        "Set PREFECT_API_URL to use a server that runs already"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,53 @@
+"""Rows near a boundary, ranked so that any order of merging keeps the same ones."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows sorted by class, then confidence from high to low, then key; at most `limits` a class.
+
+    Attributes:
+        labels: (N,) int64.
+        confidences: (N,) float64.
+        keys: (N,) str.
+        limits: (C,) int64, rows kept of each class.
+    """
+
+    labels: NDArray[np.int64]
+    confidences: NDArray[np.float64]
+    keys: NDArray[np.str_]
+    limits: NDArray[np.int64]
+
+
+def best_candidates(
+    labels: NDArray[np.int64],
+    confidences: NDArray[np.float64],
+    keys: NDArray[np.str_],
+    limits: NDArray[np.int64],
+) -> Candidates:
+    """The best `limits[c]` rows of each class c; a row dropped here can never be among the best."""
+    order = np.lexsort((keys, -confidences, labels))
+    labels, confidences, keys = labels[order], confidences[order], keys[order]
+    starts = np.searchsorted(labels, np.arange(len(limits)))  # (C,)
+    ranks = np.arange(len(labels)) - starts[labels]
+    is_best = ranks < limits[labels]
+    return Candidates(labels[is_best], confidences[is_best], keys[is_best], limits)
+
+
+def merge_candidates(first: Candidates, second: Candidates) -> Candidates:
+    """The best of both; associative and commutative, since keys are unique.
+
+    Raises: ValueError if their limits differ, that is, if they are of different plans.
+    """
+    if not np.array_equal(first.limits, second.limits):
+        raise ValueError("candidates of different plans cannot be merged: their limits differ")
+    return best_candidates(
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.confidences, second.confidences]),
+        np.concatenate([first.keys, second.keys]),
+        first.limits,
+    )

@@ -1,0 +1,1 @@
+"""Measures of a classifier and of pseudo-labels."""

@@ -1,0 +1,56 @@
+"""What an objective reads: its streams, and one batch of them as tensors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A source of samples that an objective asks for."""
+
+    role: Literal["labeled", "pseudo_labeled"]
+    samples_per_step: int
+    """Over all ranks."""
+    views_per_image: int = 1
+    with_selection: bool = False
+    """Whether targets, weights and copies come from a selection, not from .cls members."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples, noised, labelled ones first.
+
+    Attributes:
+        images: (B_l + B_u, 3, H, W) float in [0, 1].
+        labels: (B_l,) int64, class ids of the first B_l images; B_l is at least 1.
+        pseudo_targets: (B_u, C) float, rows sum to 1 (one-hot where hard), or None without stream.
+        pseudo_weights: (B_u,) float, non-negative; None means 1 each.
+        pseudo_is_hard: targets are one-hot and get label smoothing; soft ones never do.
+    Raises: ValueError where the sizes do not fit together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    pseudo_targets: Tensor | None = None
+    pseudo_weights: Tensor | None = None
+    pseudo_is_hard: bool = False
+
+    def __post_init__(self) -> None:
+        num_pseudo = 0 if self.pseudo_targets is None else len(self.pseudo_targets)
+        if len(self.labels) < 1 or len(self.images) != len(self.labels) + num_pseudo:
+            raise ValueError(
+                f"batch of {len(self.images)} images with {len(self.labels)} labels and "
+                f"{num_pseudo} pseudo-targets: images must be labels + pseudo-targets, labels >= 1"
+            )
+        if self.pseudo_weights is not None and self.pseudo_weights.shape != (num_pseudo,):
+            raise ValueError(
+                f"pseudo_weights of shape {tuple(self.pseudo_weights.shape)}: must be "
+                f"({num_pseudo},), one per pseudo-target"
+            )
+        if not self.images.is_floating_point():
+            raise ValueError(
+                f"images of dtype {self.images.dtype}: must be floating point in [0, 1]; "
+                "apply_input_noise gives that"
+            )

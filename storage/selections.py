@@ -1,0 +1,236 @@
+"""Selections: which samples of a shard are kept, why not, how often, and with what target."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.parquet_files import arrow, column, read_table, write_table
+
+SCHEMA_VERSION = 1
+MAX_COPIES = 2**16 - 1
+
+
+class Reason(IntEnum):
+    """Why a sample is not kept: the first rule, in the order of selection, that turned it down.
+
+    The numbers are stored; a new reason gets a new number.
+    """
+
+    KEPT = 0
+    BELOW_THRESHOLD = 1
+    OVER_QUOTA = 2
+    LEAKED = 3
+    OUT_OF_DOMAIN = 4
+    QUARANTINED = 5
+
+
+SCHEMA: Any = arrow.schema(
+    [
+        arrow.field("key", arrow.string(), nullable=False),
+        arrow.field("kept", arrow.bool_(), nullable=False),
+        arrow.field("reason", arrow.int8(), nullable=False),
+        arrow.field("copies", arrow.uint16(), nullable=False),
+        arrow.field("weight", arrow.float32(), nullable=False),
+        arrow.field("label", arrow.uint32(), nullable=False),
+        arrow.field(
+            "target_ids",
+            arrow.list_(arrow.field("element", arrow.uint32(), nullable=False)),
+            nullable=False,
+        ),
+        arrow.field(
+            "target_log_probs",
+            arrow.list_(arrow.field("element", arrow.float16(), nullable=False)),
+            nullable=False,
+        ),
+        arrow.field("rest_mass", arrow.float32(), nullable=False),
+    ],
+    metadata={"selftrain.selection": str(SCHEMA_VERSION)},
+)
+_SCALARS = ("kept", "reason", "copies", "weight", "label", "rest_mass")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The selection of one shard, in the shard's order; every sample has a row.
+
+    Soft targets are sparse: row i owns `target_ids[target_offsets[i]:target_offsets[i + 1]]`, and
+    hard ones own none.
+
+    Attributes:
+        keys: N in-shard keys, unique.
+        kept: (N,) bool.
+        reason: (N,) int8 of `Reason`; KEPT where kept, another where not.
+        copies: (N,) uint16, at least 1 where kept, 0 where not.
+        weight: (N,) float32, at least 0, of the sample in the loss.
+        label: (N,) uint32, the hard target.
+        target_offsets: (N + 1,) int64, ascending from 0.
+        target_ids: (M,) uint32 classes.
+        target_log_probs: (M,) float16, natural logarithm, at most 0.
+        rest_mass: (N,) float32 in [0, 1], probability of the classes that are not in target_ids.
+    """
+
+    keys: tuple[str, ...]
+    kept: NDArray[np.bool_]
+    reason: NDArray[np.int8]
+    copies: NDArray[np.uint16]
+    weight: NDArray[np.float32]
+    label: NDArray[np.uint32]
+    target_offsets: NDArray[np.int64]
+    target_ids: NDArray[np.uint32]
+    target_log_probs: NDArray[np.float16]
+    rest_mass: NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls,
+        keys: Sequence[str],
+        *,
+        reason: NDArray[np.integer[Any]],
+        copies: NDArray[np.integer[Any]],
+        weight: NDArray[np.floating[Any]],
+        label: NDArray[np.integer[Any]],
+        log_probs: NDArray[np.floating[Any]] | None = None,
+    ) -> "Selection":
+        """Make a selection with hard targets or, from (N, C) log_probs, full soft ones.
+
+        Soft targets are kept for kept samples only. `kept` follows from `reason`, and where not
+        kept, copies and weight become 0.
+        """
+        n = len(keys)
+        kept = reason == Reason.KEPT
+        if log_probs is None:
+            lengths = np.zeros(n, np.int64)
+            ids, values = np.zeros(0, np.uint32), np.zeros(0, np.float16)
+        else:
+            num_classes = log_probs.shape[1]
+            lengths = np.where(kept, num_classes, 0)
+            ids = np.tile(np.arange(num_classes, dtype=np.uint32), int(kept.sum()))
+            values = log_probs[kept].astype(np.float16).reshape(-1)
+        return cls(
+            keys=tuple(keys),
+            kept=kept,
+            reason=reason.astype(np.int8),
+            copies=np.where(kept, copies, 0).astype(np.uint16),
+            weight=np.where(kept, weight, 0).astype(np.float32),
+            label=label.astype(np.uint32),
+            target_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            target_ids=ids,
+            target_log_probs=values,
+            rest_mass=np.zeros(n, np.float32),
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.keys)
+
+    def dense_targets(self, num_classes: int) -> NDArray[np.float32]:
+        """Return (N, C) probabilities, rows summing to 1, for hard and soft targets alike.
+
+        The rest mass is spread evenly over the classes that are not in target_ids.
+        """
+        n = self.num_samples
+        lengths = np.diff(self.target_offsets)
+        soft = lengths > 0
+        listed = np.zeros((n, num_classes), np.bool_)
+        targets = np.zeros((n, num_classes), np.float32)
+        rows = np.repeat(np.arange(n), lengths)
+        listed[rows, self.target_ids] = True
+        targets[rows, self.target_ids] = np.exp(self.target_log_probs.astype(np.float32))
+        share = self.rest_mass / np.maximum(num_classes - lengths, 1)
+        targets += np.where(listed, 0, share[:, None]) * soft[:, None]
+        targets[~soft, self.label[~soft]] = 1.0
+        return (targets / targets.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    def reason_counts(self) -> dict[str, int]:
+        """Return reason's name in lower case -> samples, those that occur."""
+        counts = Counter[int](cast("list[int]", self.reason.tolist()))
+        return {Reason(value).name.lower(): counts[value] for value in sorted(counts)}
+
+
+def check_selection(selection: Selection) -> None:
+    """Refuse a selection that contradicts itself.
+
+    Raises: ValueError, naming the first key.
+    """
+    s = selection
+    n = s.num_samples
+    for field in SCHEMA:
+        if field.name in _SCALARS:
+            values = cast("NDArray[Any]", getattr(s, field.name))
+            if values.shape != (n,) or values.dtype != np.dtype(field.type.to_pandas_dtype()):
+                raise ValueError(
+                    f"{field.name} must be ({n},) {field.type}, not {values.shape} {values.dtype}"
+                )
+    if s.target_offsets.shape != (n + 1,) or s.target_offsets[0] != 0:
+        raise ValueError(f"target_offsets must be ({n + 1},) from 0, not {s.target_offsets.shape}")
+    num_values = int(s.target_offsets[-1])
+    if len(s.target_ids) != num_values or len(s.target_log_probs) != num_values:
+        raise ValueError(
+            f"targets must have {num_values} ids and values, not {len(s.target_ids)} and "
+            f"{len(s.target_log_probs)}"
+        )
+    if (np.diff(s.target_offsets) < 0).any():
+        raise ValueError("target_offsets must not decrease")
+    if not (s.target_log_probs <= 0).all():
+        raise ValueError("target_log_probs must be at most 0 and not NaN")
+    if len(set(s.keys)) != n or "" in s.keys:
+        raise ValueError("keys must be unique and not empty")
+    for what, bad in (
+        ("the reason is unknown", ~np.isin(s.reason, list(Reason))),
+        ("kept contradicts the reason", s.kept != (s.reason == Reason.KEPT)),
+        ("copies must be at least 1 where kept and 0 elsewhere", s.kept != (s.copies > 0)),
+        ("the weight is negative or not finite", ~(np.isfinite(s.weight) & (s.weight >= 0))),
+        ("the rest mass is not in [0, 1]", ~((s.rest_mass >= 0) & (s.rest_mass <= 1.001))),
+    ):
+        if bad.any():
+            raise ValueError(
+                f"{int(bad.sum())} of {n} rows are refused: {what}; first key "
+                f"{s.keys[int(bad.argmax())]!r}"
+            )
+
+
+def to_parquet(selection: Selection) -> bytes:
+    """Return the file's bytes, the same for the same selection."""
+    check_selection(selection)
+    offsets = arrow.array(selection.target_offsets.astype(np.int32))
+    columns: list[Any] = []
+    for field in SCHEMA:
+        if field.name == "key":
+            columns.append(arrow.array(selection.keys, type=field.type))
+        elif field.name in _SCALARS:
+            columns.append(arrow.array(getattr(selection, field.name), type=field.type))
+        else:
+            values = arrow.array(getattr(selection, field.name), type=field.type.value_type)
+            columns.append(arrow.ListArray.from_arrays(offsets, values, type=field.type))
+    return write_table(arrow.Table.from_arrays(columns, schema=SCHEMA))
+
+
+def from_parquet(data: bytes, *, num_samples: int, where: str = "selection") -> Selection:
+    """Read a selection of that many samples, and check it.
+
+    Raises: ValueError, naming `where`, for another schema or count and for contradictions.
+    """
+    table = read_table(data, schema=SCHEMA, num_rows=num_samples, where=where)
+    ids = table.column("target_ids").combine_chunks()
+    values = table.column("target_log_probs").combine_chunks()
+    lengths = np.asarray(ids.value_lengths().to_numpy(zero_copy_only=False), np.int64)
+    if not np.array_equal(lengths, values.value_lengths().to_numpy(zero_copy_only=False)):
+        raise ValueError(f"{where}: target_ids and target_log_probs differ in length")
+    selection = Selection(
+        keys=tuple(cast("list[str]", table.column("key").to_pylist())),
+        target_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        target_ids=ids.flatten().to_numpy(zero_copy_only=False),
+        target_log_probs=values.flatten().to_numpy(zero_copy_only=False),
+        **{name: column(table, name) for name in _SCALARS},
+    )
+    try:
+        check_selection(selection)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return selection

@@ -1,0 +1,177 @@
+"""The one conversion of image files to RGB, and the views of an image, for all stages alike."""
+
+import io
+import struct
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+CONVERSION = "pil-1"
+"""Name of this conversion in fingerprints; a change of any pixel it gives needs a new name."""
+
+MAX_PIXELS = 64_000_000
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):
+    """An image file that cannot be decoded, whole, to RGB."""
+
+
+def decode_image(data: bytes | memoryview, *, where: str) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file to an upright RGB image.
+
+    Of an animation the first frame. Transparency is laid over white; see `to_rgb`.
+
+    Args:
+        data: the whole file.
+        where: sample key or path, for errors.
+    Raises: BadImage, naming `where`, for another format, a cut or damaged file, or more than 64
+        million pixels (checked before any is decoded).
+    """
+    return _decode(data, FORMATS, where)
+
+
+def decode_any_image(data: bytes | memoryview, *, where: str) -> Image.Image:
+    """Decode as `decode_image` does, also BMP, GIF, PPM and TIFF: for making shards only."""
+    return _decode(data, (*FORMATS, "BMP", "GIF", "PPM", "TIFF"), where)
+
+
+def image_kind(data: bytes | memoryview) -> Literal["jpg", "png", "webp"] | None:
+    """Tell the formats that shards hold by their first bytes, whatever the file is called."""
+    head = bytes(data[:12])
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+        return "webp"
+    return None
+
+
+def _decode(data: bytes | memoryview, formats: tuple[str, ...], where: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage(f"{where}: {width} x {height} pixels; the limit is {MAX_PIXELS}")
+            image.load()
+            return to_rgb(_upright(image))
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(
+            f"{where}: not a readable image of {', '.join(formats)} ({len(data)} bytes, beginning "
+            f"{bytes(data[:8])!r})"
+        ) from error
+    except Exception as error:  # on damaged files PIL's decoders raise almost anything
+        raise BadImage(f"{where}: cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        return image  # a damaged EXIF block says nothing of the pixels
+    turn = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB.
+
+    16-bit grey is scaled by 1/257 and rounded (65535 becomes 255); CMYK is converted as Adobe's
+    JPEGs mean it; palettes are looked up; transparency, be it alpha or one transparent colour, is
+    laid over white.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        image = _grey_from_16_bit(image)
+    if image.mode in {"LA", "PA", "La", "RGBA", "RGBa"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64).clip(0, 65535)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):
+        return Image.fromarray(grey)
+    alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+
+
+def clean_view(
+    image: Image.Image, size: int, crop_padding: int = 0, interpolation: Interpolation = "bicubic"
+) -> NDArray[np.uint8]:
+    """Cut the central square and resize it: the view without noise.
+
+    The square's side is min(width, height) * size / (size + crop_padding), so a padding of 32 at
+    224 keeps 7/8. An RGB image that already is (size, size) comes back as it is without padding.
+
+    Returns: (size, size, 3).
+    Source: the evaluation crop of EfficientNet's preprocessing.py.
+    """
+    width, height = image.size
+    side = min(width, height) * size / (size + crop_padding)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resized(image, size, (left, top, left + side, top + side), interpolation)
+
+
+def random_resized_view(
+    image: Image.Image,
+    size: int,
+    box: tuple[float, float, float, float],
+    interpolation: Interpolation = "bicubic",
+) -> NDArray[np.uint8]:
+    """Resize a given box of the image; the box is drawn by the caller.
+
+    Args:
+        image: RGB.
+        size: side of the result in pixels.
+        box: left, top, right, bottom in pixels of the image, right and bottom exclusive.
+        interpolation: antialiased when it makes smaller.
+    Returns: (size, size, 3).
+    Raises: ValueError if the box is empty or leaves the image.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise ValueError(f"box {box} is empty or leaves the image of {image.size} pixels")
+    return _resized(image, size, box, interpolation)
+
+
+def _resized(
+    image: Image.Image,
+    size: int,
+    box: tuple[float, float, float, float],
+    interpolation: Interpolation,
+) -> NDArray[np.uint8]:
+    if interpolation not in _RESAMPLING:
+        raise ValueError(f"unknown interpolation {interpolation!r}; there are {[*_RESAMPLING]}")
+    if image.size != (size, size) or box != (0, 0, size, size):
+        image = image.resize((size, size), _RESAMPLING[interpolation], box=box)
+    return np.asarray(image)

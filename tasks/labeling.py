@@ -1,0 +1,216 @@
+"""Label a corpus: one Parquet of predictions per shard, addressed by labeler and shard content."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.addresses import (
+    canonical_json,
+    fingerprint,
+    prediction_folder,
+    settings_of,
+    sha256_hex,
+)
+from storage.corpus import Corpus, Shard, load_corpus, load_locations, read_samples
+from storage.manifest import InputReference, Manifest, commit_manifest, create_record
+from storage.predictions import SCHEMA_VERSION as PREDICTIONS_SCHEMA
+from storage.predictions import UNKNOWN_LABEL, read_record, write_predictions
+from storage.samples import in_shard_key, sample_key
+from storage.store import Store
+from tasks import provenance
+from tasks.classifiers import StoredClassifier
+from tasks.images import CONVERSION
+from tasks.predicting import predict_samples
+from tasks.shard_items import BadSampleBudget
+from tasks.specifications import Specification
+
+VERSION = 1
+LABELER_VERSION = 1
+
+_IMAGE_BYTES_PER_BATCH = 256 * 2**20
+
+
+class LabelingConfig(BaseModel):
+    """How the teacher labels: EMA weights, eval mode, the clean view."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="bf16: autocast of the forward pass; part of the address."
+    )
+    form: Literal["full"] = Field(
+        default="full", description="full: the log-probability of every class is stored, as fp16."
+    )
+    batch_size: int | Literal["auto"] = Field(
+        default="auto",
+        description="Images a forward pass; batches never cross shards. auto is chosen once per"
+        " labeler by image size and device, written down, and obeyed by every worker and resume.",
+        json_schema_extra={"fingerprint": "excluded"},
+    )
+    shards_per_task: int | Literal["auto"] = Field(
+        default="auto",
+        description="Shards of one Prefect task; auto: at most 100 tasks a labelling.",
+        json_schema_extra={"fingerprint": "excluded"},
+    )
+
+
+def labeler_fingerprint(
+    config: LabelingConfig, *, teacher: str, view: dict[str, Any], class_names: Iterable[str]
+) -> str:
+    """Return the address of everything that makes a prediction, save the image.
+
+    Args:
+        config: how to label.
+        teacher: fingerprint of the model.
+        view: the clean view's image_size, crop_padding and interpolation.
+        class_names: the label space in the run's order.
+    """
+    settings = {
+        **settings_of(config),
+        "view": view,
+        "class_names": list(class_names),
+        "conversion": CONVERSION,
+        "aggregation": "none",
+        "predictions_schema": PREDICTIONS_SCHEMA,
+    }
+    return fingerprint("labeler", LABELER_VERSION, settings, {"teacher": teacher})
+
+
+def specify(*, labeler: str, corpus: str) -> Specification:
+    """Return the specification of labelling one corpus."""
+    return Specification("label", VERSION, {}, {"labeler": labeler, "corpus": corpus})
+
+
+def resolve_batch_size(
+    store: Store,
+    labeler: str,
+    config: LabelingConfig,
+    *,
+    image_size: int,
+    device: torch.device,
+) -> int:
+    """Return the batch size of this labeler: the first to ask decides, and it is written down."""
+    wanted = config.batch_size
+    if wanted == "auto":
+        # Every image stands for about 50 copies of itself in activations; the cap keeps batches
+        # at a size beyond which neither CPUs nor GPUs gain.
+        fits = _IMAGE_BYTES_PER_BATCH // (image_size * image_size * 3 * 50)
+        wanted = int(np.clip(fits, 8, 1024 if device.type == "cuda" else 128))
+    body = {"schema": 1, "labeler": labeler, "batch_size": wanted}
+    return create_record(store, f"{prediction_folder(labeler)}/resolved.json", body)["batch_size"]
+
+
+def shards_to_label(store: Store, labeler: str, corpus: Corpus) -> list[Shard]:
+    """Return the shards without a record of this labeler, in the corpus's order."""
+    with ThreadPoolExecutor(16) as pool:
+        records = pool.map(lambda s: read_record(store, labeler, s.digest), corpus.shards)
+        return [s for s, found in zip(corpus.shards, records, strict=True) if found is None]
+
+
+def group_shards(shards: list[Shard], shards_per_task: int | Literal["auto"]) -> list[list[Shard]]:
+    """Cut the shards into the groups of the tasks."""
+    size = shards_per_task if shards_per_task != "auto" else max(8, -(-len(shards) // 100))
+    return [shards[start : start + size] for start in range(0, len(shards), size)]
+
+
+def label_shards(
+    store: Store,
+    corpus_digest: str,
+    stems: list[str],
+    classifier: StoredClassifier,
+    *,
+    labeler: str,
+    precision: Literal["fp32", "bf16"],
+    batch_size: int,
+    max_bad_samples: int,
+) -> Iterator[int]:
+    """Label shards one by one and yield the number of samples of each once it is committed.
+
+    Raises: TooManyBadSamples, MissingShard, CorruptShard.
+    """
+    corpus = load_corpus(store, corpus_digest)
+    locations = load_locations(store, corpus_digest)
+    truth = _Truth(corpus, classifier.class_names)
+    for stem in stems:
+        budget = BadSampleBudget(stem, max_bad_samples)
+        predicted = predict_samples(
+            read_samples(corpus, locations, stem),
+            classifier,
+            precision=precision,
+            batch_size=batch_size,
+            budget=budget,
+        )
+        bad = {in_shard_key(key, stem): reason for key, reason in sorted(budget.reasons.items())}
+        write_predictions(
+            store,
+            labeler,
+            corpus.shard(stem).digest,
+            predicted.to_predictions([truth.of(label) for label in predicted.labels]),
+            {"bad_samples": bad},
+        )
+        yield corpus.shard(stem).num_samples
+
+
+class _Truth:
+    """True labels of unlabelled shards in the run's class order: diagnosis only."""
+
+    def __init__(self, corpus: Corpus, class_names: tuple[str, ...]) -> None:
+        positions = {name: position for position, name in enumerate(class_names)}
+        names = corpus.class_names or ()
+        self._mapped = [positions.get(name, UNKNOWN_LABEL) for name in names]
+
+    def of(self, label: int | None) -> int:
+        if label is None or label >= len(self._mapped):
+            return UNKNOWN_LABEL
+        return self._mapped[label]
+
+
+def finish(store: Store, specification: Specification, *, seconds: float) -> Manifest:
+    """Commit a labelling once every shard of the corpus has its record."""
+    labeler = specification.inputs["labeler"]
+    corpus = load_corpus(store, specification.inputs["corpus"])
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda s: read_record(store, labeler, s.digest), corpus.shards))
+    missing = [s.stem for s, r in zip(corpus.shards, found, strict=True) if r is None]
+    if missing:
+        raise ValueError(
+            f"labelling {specification.fingerprint[:12]}: {len(missing)} of {len(found)} shards"
+            f" have no record, first {missing[0]}; run it again to label them"
+        )
+    records = [r for r in found if r is not None]
+    shards = {
+        shard.stem: {
+            "record_sha256": sha256_hex(canonical_json(record)),
+            "num_samples": record["num_samples"],
+        }
+        for shard, record in zip(corpus.shards, records, strict=True)
+    }
+    bad = {
+        sample_key(shard.stem, key): reason
+        for shard, record in zip(corpus.shards, records, strict=True)
+        for key, reason in record["facts"]["bad_samples"].items()
+    }
+    manifest = Manifest(
+        kind=specification.kind,
+        fingerprint=specification.fingerprint,
+        stage_version=specification.version,
+        settings=specification.settings,
+        inputs={
+            "labeler": InputReference(labeler, labeler),
+            "corpus": InputReference(corpus.digest, corpus.digest),
+        },
+        objects=(),
+        counts={
+            "samples": corpus.num_samples,
+            "labeled": sum(record["num_samples"] for record in records),
+            "bad_samples": bad,
+            "shards": shards,
+        },
+    )
+    committed = commit_manifest(store, specification.folder, manifest)
+    provenance.record(store, specification.folder, seconds=seconds, device=None)
+    return committed

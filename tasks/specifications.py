@@ -1,0 +1,51 @@
+"""What a stage is asked to compute, and where its result lies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from storage import addresses
+from storage.manifest import Manifest, read_manifest
+from storage.store import Store
+
+_FOLDERS: dict[str, Callable[[str], str]] = {
+    "import": addresses.model_folder,
+    "train": addresses.model_folder,
+    "label": addresses.labeling_folder,
+    "select": addresses.selection_folder,
+    "validate": addresses.evaluation_folder,
+    "promote": addresses.evaluation_folder,
+    "test": addresses.evaluation_folder,
+}
+
+
+@dataclass(frozen=True)
+class Specification:
+    """A stage before it is run: its fingerprint is known without computing anything.
+
+    Attributes:
+        kind: the stage, e.g. "train".
+        version: the stage's version constant; raised when its results change.
+        settings: everything that affects the result, as JSON.
+        inputs: name -> fingerprint (or corpus digest) of what the stage reads.
+    """
+
+    kind: str
+    version: int
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that name this specification in every store."""
+        return addresses.fingerprint(self.kind, self.version, self.settings, self.inputs)
+
+    @property
+    def folder(self) -> str:
+        """Folder of the result, relative to the store."""
+        return _FOLDERS[self.kind](self.fingerprint)
+
+    def result(self, store: Store) -> Manifest | None:
+        """Return the committed result, verified, or None where there is none yet."""
+        return read_manifest(store, self.folder, expect_fingerprint=self.fingerprint)

@@ -1,0 +1,109 @@
+"""The stages as Prefect tasks: ask the store first, compute only what is not there.
+
+Tasks take and return references. A stage whose manifest exists ends at once as `Reused`.
+"""
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from storage.manifest import Manifest
+from storage.store import Store
+from tasks import evaluation
+from tasks.classifiers import load_classifier
+from tasks.devices import DeviceChoice, resolve_device
+from tasks.launching import launch_worker
+from tasks.live_progress import LiveProgress
+from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
+from tasks.specifications import Specification
+from tasks.training_orders import TrainingOrder, place_order
+
+Reference = dict[str, Any]
+
+_OPTIONS: dict[str, Any] = {
+    "persist_result": False,
+    "cache_policy": NO_CACHE,
+    "retries": RETRIES,
+    "retry_delay_seconds": RETRY_DELAY_SECONDS,
+    "retry_condition_fn": worth_retrying,
+}
+
+
+def reference(manifest: Manifest) -> Reference:
+    """Return what tasks hand to each other in the place of a result."""
+    return {
+        "kind": manifest.kind,
+        "fingerprint": manifest.fingerprint,
+        "manifest_sha256": manifest.sha256,
+    }
+
+
+def reused(store: Store, specification: Specification) -> State | None:
+    """Return the state `Reused` if the stage is finished already, else None."""
+    there = specification.result(store)
+    if there is None:
+        return None
+    return Completed(
+        name="Reused",
+        message=f"found in the store: {specification.folder}",
+        data=reference(there),
+    )
+
+
+@task(name="train", **_OPTIONS)
+def train(
+    store: Store, order: TrainingOrder, *, device: DeviceChoice, label: str, artifact: str
+) -> Reference | State:
+    """Train in a worker process; goes on from the newest checkpoint."""
+    there = reused(store, order.specification)
+    if there is not None:
+        return there
+    place_order(store, order)
+    progress = LiveProgress(label, "steps", key=artifact)
+    launch_worker(
+        store,
+        order.specification.fingerprint,
+        device=device,
+        on_progress=lambda line: progress.update(
+            line["step"], line["total_steps"], loss=line["loss"], lr=line["learning_rate"]
+        ),
+    )
+    manifest = order.specification.result(store)
+    assert manifest is not None, "the worker ended well without a manifest"
+    return reference(manifest)
+
+
+@task(name="evaluate", **_OPTIONS)
+def evaluate(
+    store: Store, specification: Specification, *, device: DeviceChoice, max_bad_samples: int
+) -> Reference | State:
+    """Evaluate a model on dev (validate) or test."""
+    there = reused(store, specification)
+    if there is not None:
+        return there
+    classifier = load_classifier(
+        store,
+        specification.inputs["model"],
+        device=resolve_device(device),
+        class_names=specification.settings["class_names"],
+    )
+    manifest = evaluation.evaluate(
+        store, specification, classifier, max_bad_samples=max_bad_samples
+    )
+    return reference(manifest)
+
+
+@task(name="promote", **_OPTIONS)
+def promote(
+    store: Store, specification: Specification, *, teacher: Specification, student: Specification
+) -> Reference | State:
+    """Compare the validations of teacher and student."""
+    there = reused(store, specification)
+    if there is not None:
+        return there
+    validations = [one.result(store) for one in (teacher, student)]
+    assert validations[0] is not None, "the teacher is validated before"
+    assert validations[1] is not None, "the student is validated before"
+    return reference(evaluation.promote(store, specification, validations[0], validations[1]))
