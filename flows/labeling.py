@@ -111,9 +111,7 @@ def label_corpus(
     except BaseException:
         _stopping.set()
         raise
-    return reference(
-        labeling.finish(opened, specification, seconds=time.monotonic() - started)
-    )
+    return reference(labeling.finish(opened, specification, seconds=time.monotonic() - started))
 
 
 @task(

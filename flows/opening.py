@@ -148,9 +148,7 @@ def _as_shards(store: Store, config: SelfTrainingConfig) -> ShardsData:
     settings["seed"] = config.seed if data.seed is None else data.seed
     root = store.url_of(f"data/digits-{sha256_hex(canonical_json(settings))[:12]}")
     prepare_digits(root, **settings)
-    return ShardsData(
-        root=root, labeled="labeled", dev="dev", test="test", unlabeled="unlabeled"
-    )
+    return ShardsData(root=root, labeled="labeled", dev="dev", test="test", unlabeled="unlabeled")
 
 
 def _corpus(store: Store, data: ShardsData, split: str, pattern: str) -> Corpus:

@@ -44,8 +44,18 @@ class Specification:
     @property
     def folder(self) -> str:
         """Folder of the result, relative to the store."""
-        return _FOLDERS[self.kind](self.fingerprint)
+        return folder_of(self.kind, self.fingerprint)
 
     def result(self, store: Store) -> Manifest | None:
         """Return the committed result, verified, or None where there is none yet."""
-        return read_manifest(store, self.folder, expect_fingerprint=self.fingerprint)
+        return read_result(store, self.kind, self.fingerprint)
+
+
+def folder_of(kind: str, fingerprint: str) -> str:
+    """Return the folder of a stage's result, relative to the store."""
+    return _FOLDERS[kind](fingerprint)
+
+
+def read_result(store: Store, kind: str, fingerprint: str) -> Manifest | None:
+    """Return the committed result of a stage, verified, or None where there is none yet."""
+    return read_manifest(store, folder_of(kind, fingerprint), expect_fingerprint=fingerprint)

@@ -1,0 +1,254 @@
+"""Carries out the stages of one run: records what it refers to, runs the task, says what came."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+
+from flows.graph import EvaluationKind, ModelRef, RunGraph, View
+from flows.labeling import label_corpus
+from flows.opening import OpenRun
+from flows.run_status import RunStatus, read_status, status_table, write_status_view
+from flows.selection import select_pseudo_labels
+from models.architectures import architecture_name
+from models.training import TrainingConfig
+from storage.manifest import Manifest
+from storage.runs import append_event
+from tasks import stages
+from tasks.classifiers import read_description
+from tasks.evaluation import read_report
+from tasks.report import write_report
+from tasks.specifications import Specification
+from tasks.training_orders import TrainingOrder
+
+
+@dataclass
+class RunDriver:
+    """One run in progress; its methods are the sentences of the method in self_training.py."""
+
+    run: OpenRun
+    graph: RunGraph = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.run.pins.given_teacher
+        view = None if given is None else View.of(read_description(self.run.store, given))
+        self.graph = RunGraph(self.run.config, self.run.pins, view)
+
+        append_event(self.run.store, self.run.name, "run_started")
+
+    def train_teacher(self) -> ModelRef:
+        """Train the model of round 0 on the labels alone, or take the given one."""
+        training = self.graph.teacher()
+        if training is not None:
+            self._train(*training, title="round 0 · teacher", role="teacher")
+        return self.graph.first_model()
+
+    def label(self, teacher: ModelRef, round_index: int) -> None:
+        """Label the corpus with the teacher."""
+        specification = self.graph.label(teacher)
+        title = f"round {round_index} · label"
+        self._carry_out(
+            specification,
+            round_index,
+            "label",
+            lambda: label_corpus.with_options(flow_run_name=title)(
+                store=self.run.store.url,
+                model=teacher.fingerprint,
+                corpus=self.run.pins.unlabeled,
+                config=self.run.config.labeling,
+                class_names=list(self.run.pins.class_names),
+                device=self.run.config.device,
+                max_bad_samples=self.run.config.max_bad_samples,
+                label=title,
+                artifact=self._artifact(round_index, "label"),
+                return_state=True,
+            ),
+        )
+
+    def select(self, teacher: ModelRef, round_index: int) -> None:
+        """Select pseudo-labels from the teacher's predictions."""
+        specification = self.graph.select(teacher, round_index)
+        title = f"round {round_index} · select"
+        self._carry_out(
+            specification,
+            round_index,
+            "select",
+            lambda: select_pseudo_labels.with_options(flow_run_name=title)(
+                store=self.run.store.url,
+                labeling=self.graph.label(teacher).fingerprint,
+                validation=self.graph.evaluate("validate", teacher).fingerprint,
+                class_names=list(self.run.pins.class_names),
+                config=self.run.config.selection,
+                seed=self.run.config.seed,
+                round_index=round_index,
+                label=title,
+                return_state=True,
+            ),
+        )
+
+    def train_student(self, teacher: ModelRef, round_index: int) -> ModelRef:
+        """Train the round's student under noise on labels and pseudo-labels together."""
+        specification, config = self.graph.student(teacher, round_index)
+        self._train(specification, config, title=f"round {round_index} · student", role="student")
+        return self.graph.student_model(teacher, round_index)
+
+    def train_baseline(self, last_round: int) -> None:
+        """Train and test the last student's network on labels alone, with the same budget."""
+        if not self.run.config.baseline:
+            return
+        specification, config = self.graph.baseline(last_round)
+        self._train(specification, config, title="baseline", role="baseline")
+        model = ModelRef(specification.fingerprint, View.of(config), last_round)
+        self._evaluate("validate", model, title="baseline · validate", role="baseline")
+        if self.run.pins.test is not None:
+            self._evaluate("test", model, title="baseline · test", role="baseline")
+
+    def validate(self, model: ModelRef) -> float:
+        """Evaluate on dev, which steers the loop, and return the accuracy."""
+        title = f"round {model.round_index} · validate"
+        return self._evaluate("validate", model, title=title, role=_role(model))
+
+    def test(self, model: ModelRef) -> None:
+        """Evaluate on test, which nothing reads; without a test split nothing happens."""
+        if self.run.pins.test is not None:
+            title = f"round {model.round_index} · test"
+            self._evaluate("test", model, title=title, role=_role(model))
+
+    def promote(self, teacher: ModelRef, student: ModelRef) -> bool:
+        """Return whether the student becomes the teacher: unless it is worse on dev."""
+        specification = self.graph.promote(teacher, student)
+        title = f"round {student.round_index} · promote"
+        manifest = self._carry_out(
+            specification,
+            student.round_index,
+            "promote",
+            lambda: stages.promote.with_options(task_run_name=title)(
+                self.run.store,
+                specification,
+                teacher=self.graph.evaluate("validate", teacher),
+                student=self.graph.evaluate("validate", student),
+                return_state=True,
+            ),
+        )
+        return bool(read_report(self.run.store, manifest)["is_promoted"])
+
+    def conclude_round(self) -> None:
+        """Rebuild the run's views: run.json, report.html and the table in the Prefect UI."""
+        status = read_status(self.run.store, self.run.name)
+        write_status_view(self.run.store, status)
+        write_report(self.run.store, status.to_json(), self._report_inputs())
+        self._show(status)
+
+    def finish(self, stop_reason: str, model: ModelRef) -> RunStatus:
+        """Record how the run ended and which model is its result."""
+        append_event(
+            self.run.store,
+            self.run.name,
+            "run_done",
+            stop_reason=stop_reason,
+            model=model.fingerprint,
+            round_index=model.round_index,
+        )
+        self.conclude_round()
+        return read_status(self.run.store, self.run.name)
+
+    def _report_inputs(self) -> dict[str, Any]:
+        return {
+            "config": self.run.config.model_dump(mode="json", by_alias=True),
+            "class_names": list(self.run.pins.class_names),
+            "unlabeled": self.run.pins.unlabeled,
+        }
+
+    def _show(self, status: RunStatus) -> None:
+        create_markdown_artifact(
+            f"{status_table(status)}\n\nReport: `{status.report_url}`\n\nModel:"
+            f" `{status.model_url}`",
+            key=f"results-{_key(self.run.name)}",
+            description=f"Results of run {self.run.name}",
+        )
+
+    def _train(
+        self, specification: Specification, config: TrainingConfig, *, title: str, role: str
+    ) -> Manifest:
+        round_index = specification.settings["round_index"]
+        named = f"{title} ({architecture_name(config.architecture)})"
+        order = TrainingOrder(specification, config, self.run.config.max_bad_samples)
+        return self._carry_out(
+            specification,
+            round_index,
+            role,
+            lambda: stages.train.with_options(task_run_name=named)(
+                self.run.store,
+                order,
+                device=self.run.config.device,
+                label=title,
+                artifact=self._artifact(round_index, role),
+                return_state=True,
+            ),
+        )
+
+    def _evaluate(self, kind: EvaluationKind, model: ModelRef, *, title: str, role: str) -> float:
+        specification = self.graph.evaluate(kind, model)
+        manifest = self._carry_out(
+            specification,
+            model.round_index,
+            role,
+            lambda: stages.evaluate.with_options(task_run_name=title)(
+                self.run.store,
+                specification,
+                device=self.run.config.device,
+                max_bad_samples=self.run.config.max_bad_samples,
+                return_state=True,
+            ),
+        )
+        return float(manifest.counts["accuracy"])
+
+    def _carry_out(
+        self,
+        specification: Specification,
+        round_index: int,
+        role: str,
+        compute: Callable[[], Any],
+    ) -> Manifest:
+        """Record the reference, run the stage, record its end; return the committed result."""
+        facts = {
+            "kind": specification.kind,
+            "role": role,
+            "round_index": round_index,
+            "fingerprint": specification.fingerprint,
+        }
+        # Before it is used, so that garbage collection sees what a run is about to need.
+        append_event(self.run.store, self.run.name, "stage_referenced", **facts)
+        started = time.monotonic()
+        state = compute()
+        state.result()
+        manifest = specification.result(self.run.store)
+        if manifest is None:
+            raise RuntimeError(
+                f"stage {specification.kind} ended without {specification.folder}/manifest.json:"
+                " was the store changed while the run went on?"
+            )
+        append_event(
+            self.run.store,
+            self.run.name,
+            "stage_done",
+            **facts,
+            manifest_sha256=manifest.sha256,
+            is_reused=state.name == "Reused",
+            seconds=round(time.monotonic() - started, 3),
+        )
+        return manifest
+
+    def _artifact(self, round_index: int, role: str) -> str:
+        return f"progress-{_key(self.run.name)}-r{round_index}-{role}"
+
+
+def _role(model: ModelRef) -> str:
+    return "teacher" if model.round_index == 0 else "student"
+
+
+def _key(name: str) -> str:
+    """Artifact keys know lower case, digits and dashes only."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())

@@ -1,0 +1,266 @@
+"""What a run has done so far, derived from its events and the manifests that they name."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.opening import OpenRun, reopen_run
+from storage.addresses import model_folder
+from storage.corpus import load_corpus
+from storage.manifest import read_provenance
+from storage.runs import read_events, write_view
+from storage.store import Store
+from tasks.evaluation import read_report
+from tasks.selection import read_summary
+from tasks.specifications import folder_of, read_result
+
+STATUS_SCHEMA = 1
+
+
+@dataclass
+class RoundStatus:
+    """One round: its stages, its model and how good it is. Accuracies in [0, 1]; None unknown."""
+
+    round_index: int
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    architecture: str | None = None
+    fingerprint: str | None = None
+    promoted: bool | None = None
+    dev_accuracy: float | None = None
+    dev_interval: list[float] | None = None
+    test_accuracy: float | None = None
+    test_interval: list[float] | None = None
+    pseudo_labels: dict[str, Any] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the stages of this round, whoever computed them."""
+        return round(sum(stage["seconds"] or 0.0 for stage in self.stages), 3)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the documented form."""
+        return {
+            "round_index": self.round_index,
+            "architecture": self.architecture,
+            "fingerprint": self.fingerprint,
+            "promoted": self.promoted,
+            "dev_accuracy": self.dev_accuracy,
+            "dev_interval": self.dev_interval,
+            "test_accuracy": self.test_accuracy,
+            "test_interval": self.test_interval,
+            "pseudo_labels": self.pseudo_labels,
+            "seconds": self.seconds,
+            "stages": self.stages,
+        }
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as `selftrain status` shows it.
+
+    Attributes:
+        run: its name.
+        state: done; failed; stopped (on request); unfinished (running, or its process is gone).
+        stop_reason: max_rounds, no_gain or no_dev_gain; None until done.
+        store: URL.
+        versions_mixed: whether stages were computed under different library versions.
+        labels: labelled, dev and their sum, in images.
+        rounds: by index.
+        baseline: the supervised baseline, in the form of a round.
+        model_url: the last promoted model, None until there is one.
+    """
+
+    run: str
+    state: str
+    stop_reason: str | None
+    store: str
+    versions_mixed: bool
+    labels: dict[str, int]
+    rounds: tuple[RoundStatus, ...]
+    baseline: RoundStatus | None
+    model_url: str | None
+
+    @property
+    def report_url(self) -> str:
+        """Where the report lies once a round is concluded."""
+        return f"{self.store}/runs/{self.run}/report.html"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the documented form, schema 1."""
+        baseline = None
+        if self.baseline is not None:
+            baseline = self.baseline.to_json()
+            del baseline["round_index"], baseline["promoted"], baseline["pseudo_labels"]
+        return {
+            "schema": STATUS_SCHEMA,
+            "run": self.run,
+            "state": self.state,
+            "stop_reason": self.stop_reason,
+            "store": self.store,
+            "versions_mixed": self.versions_mixed,
+            "labels": self.labels,
+            "rounds": [one.to_json() for one in self.rounds],
+            "baseline": baseline,
+            "model_url": self.model_url,
+            "report_url": self.report_url,
+        }
+
+
+def read_status(store: Store, name: str) -> RunStatus:
+    """Derive the status of a run; raises UnknownRun, listing the known ones."""
+    run = reopen_run(store, name)
+    events = read_events(store, name)
+    state, stop_reason = "unfinished", None
+    rounds: dict[int, RoundStatus] = {}
+    baseline: RoundStatus | None = None
+    stages: dict[str, dict[str, Any]] = {}
+    for event in events:
+        match event["type"]:
+            case "run_started":
+                state, stop_reason = "unfinished", None
+            case "run_done":
+                state, stop_reason = "done", event["stop_reason"]
+            case "run_failed" | "run_stopped":
+                state = event["type"].removeprefix("run_")
+            case "stage_referenced" | "stage_done":
+                stages.setdefault(event["fingerprint"] + event["role"], {}).update(event)
+            case _:
+                pass  # events of later versions
+    versions: set[str] = set()
+    for stage in stages.values():
+        if stage["role"] == "baseline":
+            baseline = baseline or RoundStatus(stage["round_index"])
+            target = baseline
+        else:
+            target = rounds.setdefault(stage["round_index"], RoundStatus(stage["round_index"]))
+        _add_stage(store, target, stage, versions)
+    ordered = tuple(rounds[index] for index in sorted(rounds))
+    return RunStatus(
+        run=name,
+        state=state,
+        stop_reason=stop_reason,
+        store=store.url,
+        versions_mixed=len(versions) > 1,
+        labels=_label_counts(run),
+        rounds=ordered,
+        baseline=baseline,
+        model_url=_model_url(run, ordered),
+    )
+
+
+def write_status_view(store: Store, status: RunStatus) -> str:
+    """Write run.json, a view for people without selftrain at hand."""
+    data = json.dumps(status.to_json(), indent=1, sort_keys=True).encode() + b"\n"
+    return write_view(store, status.run, "run.json", data)
+
+
+def status_table(status: RunStatus) -> str:
+    """Return the rounds and the baseline as a Markdown table."""
+    lines = [
+        "| round | architecture | dev accuracy | test accuracy | pseudo-labels | precision"
+        " | promoted | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table_rows(status):
+        lines.append("| " + " | ".join(row) + " |")
+    labels = status.labels
+    lines.append(
+        f"\n{labels['labeled']} labels + {labels['dev']} dev = {labels['sum']} labelled images;"
+        " intervals are 95 %."
+    )
+    return "\n".join(lines)
+
+
+def table_rows(status: RunStatus) -> list[tuple[str, ...]]:
+    """Return one row of texts for each round, and the baseline."""
+    rows: list[tuple[str, ...]] = []
+    for one in [*status.rounds, *([status.baseline] if status.baseline else [])]:
+        pseudo = one.pseudo_labels or {}
+        is_baseline = one is status.baseline
+        name = "baseline" if is_baseline else str(one.round_index)
+        promoted = {None: "", True: "yes", False: "no"}[one.promoted]
+        rows.append(
+            (
+                name,
+                one.architecture or "",
+                percent(one.dev_accuracy, one.dev_interval),
+                percent(one.test_accuracy, one.test_interval),
+                f"{pseudo['kept']:,} ({pseudo['unique']:,} images)" if pseudo else "",
+                "" if pseudo.get("precision") is None else f"{100 * pseudo['precision']:.1f} %",
+                promoted,
+                f"{one.seconds:.0f}",
+            )
+        )
+    return rows
+
+
+def percent(value: float | None, interval: list[float] | None) -> str:
+    """Return an accuracy in percent with its interval in brackets; empty where unknown."""
+    if value is None:
+        return ""
+    if interval is None:
+        return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _add_stage(
+    store: Store, target: RoundStatus, stage: dict[str, Any], versions: set[str]
+) -> None:
+    kind, fingerprint = stage["kind"], stage["fingerprint"]
+    manifest = read_result(store, kind, fingerprint)
+    provenance = read_provenance(store, folder_of(kind, fingerprint)) or {}
+    state = "pending"
+    if manifest is not None:
+        state = "reused" if stage.get("is_reused") else "done"
+        if "versions" in provenance:
+            versions.add(json.dumps(provenance["versions"], sort_keys=True))
+    elif store.list(folder_of(kind, fingerprint)):
+        state = "partial"
+    target.stages.append(
+        {
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "state": state,
+            "seconds": provenance.get("seconds"),
+        }
+    )
+    if kind == "train":
+        target.fingerprint = fingerprint
+    if manifest is None:
+        return
+    counts = manifest.counts
+    match kind:
+        case "train":
+            target.architecture = counts["architecture"]
+        case "validate":
+            target.dev_accuracy, target.dev_interval = counts["accuracy"], counts["interval"]
+        case "test":
+            target.test_accuracy, target.test_interval = counts["accuracy"], counts["interval"]
+        case "promote":
+            target.promoted = bool(read_report(store, manifest)["is_promoted"])
+        case "select":
+            summary = read_summary(store, manifest)
+            target.pseudo_labels = {
+                name: summary[name] for name in ("kept", "unique", "precision", "coverage")
+            }
+        case _:
+            pass
+
+
+def _label_counts(run: OpenRun) -> dict[str, int]:
+    dev = load_corpus(run.store, run.pins.dev).num_samples
+    return {"labeled": run.num_labeled, "dev": dev, "sum": run.num_labeled + dev}
+
+
+def _model_url(run: OpenRun, rounds: tuple[RoundStatus, ...]) -> str | None:
+    promoted = [one.fingerprint for one in rounds if one.promoted and one.fingerprint]
+    first = run.pins.given_teacher or next(
+        (
+            one.fingerprint
+            for one in rounds
+            if one.round_index == 0 and one.fingerprint and one.architecture
+        ),
+        None,
+    )
+    fingerprint = promoted[-1] if promoted else first
+    return None if fingerprint is None else run.store.url_of(model_folder(fingerprint))

@@ -1,0 +1,65 @@
+"""Noisy Student: reading `self_training` is reading the method (Xie et al. 2020, algorithm 1)."""
+
+import os
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.config import SelfTrainingConfig
+from flows.driving import RunDriver
+from flows.opening import open_run
+from flows.stopping import has_stalled
+from storage.store import open_store
+
+
+def run_name(config: SelfTrainingConfig) -> str:
+    """Return the config's name, with the UTC start behind it where a schedule started the run."""
+    if "auto-scheduled" not in (flow_run.tags or []):
+        return config.name
+    return f"{config.name}-{flow_run.scheduled_start_time:%Y%m%dt%H%M%S}z"
+
+
+def _flow_run_name() -> str:
+    return run_name(flow_run.parameters["config"])
+
+
+@flow(name="self-training", flow_run_name=_flow_run_name, persist_result=False)
+def self_training(config: SelfTrainingConfig) -> dict[str, Any]:
+    """Train a teacher, then students on its pseudo-labels, each the next one's teacher.
+
+    The store decides what is still to do: a run of the same name and config goes on where it was.
+
+    Args:
+        config: the whole run; its inputs are pinned when it starts for the first time.
+    Returns: the run's status, as `selftrain status --json` prints it.
+    """
+    url = config.store or os.environ.get("SELFTRAIN_STORE")
+    if not url:
+        raise ValueError("no store: set `store` in the config, --store, or SELFTRAIN_STORE")
+    store = open_store(url, check_writable=True)
+    config = config.model_copy(update={"name": run_name(config), "store": store.url})
+    run = RunDriver(open_run(store, config))
+
+    teacher = run.train_teacher()
+    dev_accuracies = [run.validate(teacher)]
+    run.test(teacher)
+    run.conclude_round()
+    stop_reason, round_index = "max_rounds", 0
+    for round_index in range(1, config.rounds + 1):
+        run.label(teacher, round_index)
+        run.select(teacher, round_index)
+        student = run.train_student(teacher, round_index)
+        dev_accuracies.append(run.validate(student))
+        run.test(student)
+        is_promoted = run.promote(teacher, student)
+        run.conclude_round()
+        if not is_promoted:
+            stop_reason = "no_gain"
+            break
+        teacher = student
+        if has_stalled(dev_accuracies, config.stop.patience_rounds):
+            stop_reason = "no_dev_gain"
+            break
+    run.train_baseline(round_index)
+    return run.finish(stop_reason, teacher).to_json()
