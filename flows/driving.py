@@ -1,11 +1,13 @@
 """Carries out the stages of one run: records what it refers to, runs the task, says what came."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import TerminationSignal
 
 from flows.graph import EvaluationKind, ModelRef, RunGraph, View
 from flows.labeling import label_corpus
@@ -21,7 +23,36 @@ from tasks.classifiers import read_description
 from tasks.evaluation import read_report
 from tasks.report import write_report
 from tasks.specifications import Specification
+from tasks.training import TrainingStopped
 from tasks.training_orders import TrainingOrder
+
+
+@contextmanager
+def driving(run: OpenRun) -> "Iterator[RunDriver]":
+    """Yield the driver of a run and record in the store how this attempt began and ended."""
+    append_event(run.store, run.name, "run_started")
+    try:
+        yield RunDriver(run)
+    except (KeyboardInterrupt, SystemExit, TerminationSignal, TrainingStopped) as error:
+        append_event(run.store, run.name, "run_stopped", error=type(error).__name__)
+        raise
+    except Exception as error:
+        message = str(error).split("\n")[0][:1000]
+        append_event(run.store, run.name, "run_failed", error=type(error).__name__, message=message)
+        raise
+
+
+def write_views(run: OpenRun) -> RunStatus:
+    """Rebuild run.json and report.html from events and manifests."""
+    status = read_status(run.store, run.name)
+    write_status_view(run.store, status)
+    inputs: dict[str, Any] = {
+        "config": run.config.model_dump(mode="json", by_alias=True),
+        "class_names": list(run.pins.class_names),
+        "unlabeled": run.pins.unlabeled,
+    }
+    write_report(run.store, status.to_json(), inputs)
+    return status
 
 
 @dataclass
@@ -35,8 +66,6 @@ class RunDriver:
         given = self.run.pins.given_teacher
         view = None if given is None else View.of(read_description(self.run.store, given))
         self.graph = RunGraph(self.run.config, self.run.pins, view)
-
-        append_event(self.run.store, self.run.name, "run_started")
 
     def train_teacher(self) -> ModelRef:
         """Train the model of round 0 on the labels alone, or take the given one."""
@@ -136,10 +165,13 @@ class RunDriver:
 
     def conclude_round(self) -> None:
         """Rebuild the run's views: run.json, report.html and the table in the Prefect UI."""
-        status = read_status(self.run.store, self.run.name)
-        write_status_view(self.run.store, status)
-        write_report(self.run.store, status.to_json(), self._report_inputs())
-        self._show(status)
+        status = write_views(self.run)
+        create_markdown_artifact(
+            f"{status_table(status)}\n\nReport: `{status.report_url}`\n\nModel:"
+            f" `{status.model_url}`",
+            key=f"results-{_key(self.run.name)}",
+            description=f"Results of run {self.run.name}",
+        )
 
     def finish(self, stop_reason: str, model: ModelRef) -> RunStatus:
         """Record how the run ended and which model is its result."""
@@ -153,21 +185,6 @@ class RunDriver:
         )
         self.conclude_round()
         return read_status(self.run.store, self.run.name)
-
-    def _report_inputs(self) -> dict[str, Any]:
-        return {
-            "config": self.run.config.model_dump(mode="json", by_alias=True),
-            "class_names": list(self.run.pins.class_names),
-            "unlabeled": self.run.pins.unlabeled,
-        }
-
-    def _show(self, status: RunStatus) -> None:
-        create_markdown_artifact(
-            f"{status_table(status)}\n\nReport: `{status.report_url}`\n\nModel:"
-            f" `{status.model_url}`",
-            key=f"results-{_key(self.run.name)}",
-            description=f"Results of run {self.run.name}",
-        )
 
     def _train(
         self, specification: Specification, config: TrainingConfig, *, title: str, role: str

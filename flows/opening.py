@@ -225,12 +225,11 @@ def _given_teacher(
         return None
     url = config.teacher.model.rstrip("/")
     fingerprint = url.rpartition("/")[2]
-    if "://" in url or url.startswith("/"):
-        if url != store.url_of(f"models/{fingerprint}"):
-            raise ValueError(
-                f"teacher.model = {url} lies outside the run's store {store.url}; import it there:"
-                f" selftrain import ... --store {store.url}"
-            )
+    if ("://" in url or url.startswith("/")) and url != store.url_of(f"models/{fingerprint}"):
+        raise ValueError(
+            f"teacher.model = {url} lies outside the run's store {store.url}; import it there:"
+            f" selftrain import ... --store {store.url}"
+        )
     model_manifest(store, fingerprint)
     theirs = read_description(store, fingerprint).class_names
     class_order(theirs, class_names, model=f"teacher.model = {url}")

@@ -85,6 +85,17 @@ class RunStatus:
         """Where the report lies once a round is concluded."""
         return f"{self.store}/runs/{self.run}/report.html"
 
+    def model_fingerprint(self) -> str:
+        """Return the fingerprint of the run's model.
+
+        Raises: ValueError while no model is finished.
+        """
+        if self.model_url is None:
+            raise ValueError(
+                f"run {self.run!r} has no finished model yet: `selftrain resume {self.run}`"
+            )
+        return self.model_url.rpartition("/")[2]
+
     def to_json(self) -> dict[str, Any]:
         """Return the documented form, schema 1."""
         baseline = None

@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import SelfTrainingConfig
-from flows.driving import RunDriver
+from flows.driving import driving
 from flows.opening import open_run
 from flows.stopping import has_stalled
 from storage.store import open_store
@@ -39,27 +39,26 @@ def self_training(config: SelfTrainingConfig) -> dict[str, Any]:
         raise ValueError("no store: set `store` in the config, --store, or SELFTRAIN_STORE")
     store = open_store(url, check_writable=True)
     config = config.model_copy(update={"name": run_name(config), "store": store.url})
-    run = RunDriver(open_run(store, config))
-
-    teacher = run.train_teacher()
-    dev_accuracies = [run.validate(teacher)]
-    run.test(teacher)
-    run.conclude_round()
-    stop_reason, round_index = "max_rounds", 0
-    for round_index in range(1, config.rounds + 1):
-        run.label(teacher, round_index)
-        run.select(teacher, round_index)
-        student = run.train_student(teacher, round_index)
-        dev_accuracies.append(run.validate(student))
-        run.test(student)
-        is_promoted = run.promote(teacher, student)
+    with driving(open_run(store, config)) as run:
+        teacher = run.train_teacher()
+        dev_accuracies = [run.validate(teacher)]
+        run.test(teacher)
         run.conclude_round()
-        if not is_promoted:
-            stop_reason = "no_gain"
-            break
-        teacher = student
-        if has_stalled(dev_accuracies, config.stop.patience_rounds):
-            stop_reason = "no_dev_gain"
-            break
-    run.train_baseline(round_index)
-    return run.finish(stop_reason, teacher).to_json()
+        stop_reason, round_index = "max_rounds", 0
+        for round_index in range(1, config.rounds + 1):
+            run.label(teacher, round_index)
+            run.select(teacher, round_index)
+            student = run.train_student(teacher, round_index)
+            dev_accuracies.append(run.validate(student))
+            run.test(student)
+            is_promoted = run.promote(teacher, student)
+            run.conclude_round()
+            if not is_promoted:
+                stop_reason = "no_gain"
+                break
+            teacher = student
+            if has_stalled(dev_accuracies, config.stop.patience_rounds):
+                stop_reason = "no_dev_gain"
+                break
+        run.train_baseline(round_index)
+        return run.finish(stop_reason, teacher).to_json()

@@ -79,7 +79,7 @@ def prefect_server(*, port: int | None = None) -> Iterator[PrefectServer]:
         process = start_server_process(port, log)
         try:
             api_url = f"http://127.0.0.1:{port}/api"
-            _wait_until_healthy(api_url, process, log_path)
+            wait_until_healthy(api_url, process, log_path=log_path)
             with temporary_settings(
                 {
                     PREFECT_API_URL: api_url,
@@ -153,23 +153,30 @@ def _count_states(client: SyncPrefectClient, flow_run_id: UUID) -> tuple[int, in
     return unfinished, len(states)
 
 
-def _wait_until_healthy(api_url: str, process: "subprocess.Popen[bytes]", log_path: Path) -> None:
+def wait_until_healthy(
+    api_url: str, process: "subprocess.Popen[bytes]", *, log_path: Path | None
+) -> None:
+    """Wait until the API answers.
+
+    Raises: ServerNotStarted with the end of the log, if the process ends or time runs out.
+    """
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    while process.poll() is None and time.monotonic() < deadline:
         try:
             if httpx.get(f"{api_url}/health", timeout=2).is_success:
                 return
         except httpx.HTTPError:
             pass  # not listening yet; the deadline and the process's end bound the wait
         time.sleep(0.2)
-    tail = log_path.read_text(errors="replace")[-2000:]
+    log = "" if log_path is None else f" Its log, {log_path}, ends:\n{_tail(log_path)}\n"
     raise ServerNotStarted(
         f"the Prefect server on {api_url} did not start within {START_TIMEOUT_SECONDS} s"
-        f" (exit code {process.poll()}). Its log, {log_path}, ends:\n{tail}\n"
-        "Set PREFECT_API_URL to use a server that runs already"
+        f" (exit code {process.poll()}).{log} Set PREFECT_API_URL to use a server that runs already"
     )
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace")[-2000:]
 
 
 def _free_port() -> int:

@@ -95,7 +95,7 @@ def predict_samples(
                     kept.append(sample)
                     views.append(found)
             if views:
-                probs, sums = _forward(np.stack(views), classifier, precision)
+                probs, sums = forward(np.stack(views), classifier, precision)
                 log_probs.append(probs)
                 log_sums.append(sums)
     num_classes = len(classifier.class_names)
@@ -107,9 +107,10 @@ def predict_samples(
     )
 
 
-def _forward(
+def forward(
     views: NDArray[np.uint8], classifier: StoredClassifier, precision: Literal["fp32", "bf16"]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (B, C) log-probabilities and (B,) logsumexp of (B, S, S, 3) uint8 views."""
     # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy on the way to the device.
     images = torch.from_numpy(views).permute(0, 3, 1, 2).to(classifier.device)
     log_probs, log_sums = log_probabilities(classifier.network, images, precision)

@@ -1,0 +1,343 @@
+"""The command line: `selftrain --help`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli_data import data_app
+from flows.cli_errors import reporting_errors
+
+# Heavy modules (torch, Prefect) are imported inside the commands: `--help` answers at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Self-training (Noisy Student) for image classifiers, end to end.
+
+**Examples**
+
+`selftrain run demo --store ./selftrain-store` — handwritten digits, minutes on two cores
+
+`selftrain data shard photos/ shards/ --labels-per-class 100 --dev 500` — make shards of a folder
+
+`selftrain run my.yaml --store s3://bucket/selftrain --set student.noise.randaugment.magnitude=9`
+
+`selftrain resume my-run` — go on after a crash, a kill or Ctrl-C
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped on request and resumable.""",
+)
+app.add_typer(data_app, name="data")
+
+Store = Annotated[
+    str | None,
+    typer.Option("--store", help="Folder or URL of the store.", envvar="SELFTRAIN_STORE"),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated."),
+]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the run in the store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Config = Annotated[str, typer.Argument(help="A YAML file, or a recipe: see `selftrain recipes`.")]
+Run = Annotated[str, typer.Argument(help="Name of the run.")]
+
+
+@app.command()
+@reporting_errors
+def run(
+    config: Config, store: Store = None, name: Name = None, sets: Sets = None, as_json: Json = False
+) -> None:
+    """Run a config from the first stage that the store does not hold to the last.
+
+    A run of this name and config goes on where it was; with another config it is refused.
+
+    Example: `selftrain run cifar10 --store ./store --name first-try --set rounds=2`
+    """
+    from flows.loading import load_config
+
+    loaded = load_config(config, overrides=sets or [], name=name)
+    _run_and_show(loaded.model_copy(update={"store": _store_url(store, loaded.store)}), as_json)
+
+
+@app.command()
+@reporting_errors
+def resume(run: Run, store: Store = None, as_json: Json = False) -> None:
+    """Go on with a run: finished stages are found in the store, begun ones continue.
+
+    Example: `selftrain resume demo --store ./selftrain-store`
+    """
+    from flows.opening import reopen_run
+    from storage.store import open_store
+
+    opened = open_store(_store_url(store))
+    stored = reopen_run(opened, run).config
+    _run_and_show(stored.model_copy(update={"store": opened.url}), as_json)
+
+
+@app.command()
+@reporting_errors
+def plan(
+    config: Config, store: Store = None, name: Name = None, sets: Sets = None, as_json: Json = False
+) -> None:
+    """Show what a run would compute and what it would find in the store; nothing is computed.
+
+    Example: `selftrain plan demo --store ./selftrain-store --set rounds=5`
+    """
+    from flows.loading import load_config
+    from flows.planning import plan_run, plan_to_json
+    from flows.terminal import print_plan, showing_progress
+    from storage.store import open_store
+
+    loaded = load_config(config, overrides=sets or [], name=name)
+    opened = open_store(_store_url(store, loaded.store))
+    with showing_progress():
+        stages = plan_run(opened, loaded)
+    if as_json:
+        _print_json(plan_to_json(stages))
+    else:
+        print_plan(stages)
+
+
+@app.command()
+@reporting_errors
+def status(run: Run, store: Store = None, as_json: Json = False) -> None:
+    """Show how far a run is, its accuracies, and where report and model lie.
+
+    Example: `selftrain status demo --store ./selftrain-store --json`
+    """
+    from flows.run_status import read_status
+    from flows.terminal import print_status
+    from storage.store import open_store
+
+    found = read_status(open_store(_store_url(store)), run)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print_status(found)
+
+
+@app.command("list")
+@reporting_errors
+def list_command(store: Store = None, as_json: Json = False) -> None:
+    """List the runs of a store with their state and best accuracy.
+
+    Example: `selftrain list --store s3://bucket/selftrain`
+    """
+    from flows.run_status import read_status
+    from flows.terminal import print_runs
+    from storage.runs import list_runs
+    from storage.store import open_store
+
+    opened = open_store(_store_url(store))
+    found = [read_status(opened, name) for name in list_runs(opened)]
+    if as_json:
+        _print_json({"schema": 1, "store": opened.url, "runs": [one.to_json() for one in found]})
+    else:
+        print_runs(opened.url, found)
+
+
+@app.command()
+@reporting_errors
+def report(run: Run, store: Store = None) -> None:
+    """Rebuild a run's HTML report and print where it lies.
+
+    Example: `selftrain report demo --store ./selftrain-store`
+    """
+    from flows.driving import write_views
+    from flows.opening import reopen_run
+    from storage.store import open_store
+
+    typer.echo(write_views(reopen_run(open_store(_store_url(store)), run)).report_url)
+
+
+@app.command()
+@reporting_errors
+def predict(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(help="Image files or folders of them.")],
+    store: Store = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Classify images with a run's model, the last one that was promoted.
+
+    Example: `selftrain predict demo digit.png more-digits/ --store ./selftrain-store`
+    """
+    from flows.run_status import read_status
+    from flows.terminal import print_predictions
+    from storage.store import open_store
+    from tasks.prediction import predict_files
+
+    opened = open_store(_store_url(store))
+    fingerprint = read_status(opened, run).model_fingerprint()
+    found = predict_files(opened, fingerprint, images, device=device)
+    if as_json:
+        _print_json({"schema": 1, "run": run, "model": fingerprint, "predictions": found})
+    else:
+        print_predictions(found)
+
+
+@app.command()
+@reporting_errors
+def export(
+    run: Run, out: Annotated[Path, typer.Argument(help="A new folder.")], store: Store = None
+) -> None:
+    """Write a run's model to a folder: model.safetensors and model.json.
+
+    Example: `selftrain export demo ./digits-model --store ./selftrain-store`
+    """
+    from flows.run_status import read_status
+    from storage.store import open_store
+    from tasks.prediction import export_model
+
+    opened = open_store(_store_url(store))
+    export_model(opened, read_status(opened, run).model_fingerprint(), out)
+    typer.echo(str(out))
+
+
+@app.command("import")
+@reporting_errors
+def import_command(
+    weights: Annotated[
+        str, typer.Argument(help="A .safetensors file, or a state dict that torch saved.")
+    ],
+    architecture: Annotated[
+        str, typer.Option(help='The network, in YAML: "{kind: resnet, name: resnet50}".')
+    ],
+    classes: Annotated[
+        Path, typer.Option(help="Text file: one class name a line, in the order of the outputs.")
+    ],
+    image_size: Annotated[int, typer.Option(help="Side of the input, pixels.")],
+    crop_padding: Annotated[int, typer.Option(help="32 is ImageNet's habit; 0: none.")] = 0,
+    interpolation: Annotated[str, typer.Option(help="bilinear or bicubic.")] = "bilinear",
+    mean: Annotated[str, typer.Option(help="RGB means in [0, 1].")] = "0.485,0.456,0.406",
+    std: Annotated[str, typer.Option(help="RGB standard deviations.")] = "0.229,0.224,0.225",
+    store: Store = None,
+) -> None:
+    """Put a model of yours into a store, to be the first teacher: teacher.kind = given.
+
+    Example: `selftrain import r50.safetensors --architecture "{kind: resnet, name: resnet50}"
+    --classes classes.txt --image-size 224 --crop-padding 32 --store ./store`
+    """
+    from storage.store import open_store
+    from tasks.importing import import_model
+
+    opened = open_store(_store_url(store), check_writable=True)
+    url = import_model(
+        opened,
+        weights,
+        architecture=architecture,
+        class_names=classes.read_text(encoding="utf-8").split("\n"),
+        image_size=image_size,
+        crop_padding=crop_padding,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+    )
+    typer.echo(url)
+
+
+@app.command()
+@reporting_errors
+def serve(
+    config: Config,
+    cron: Annotated[str, typer.Option(help='When to run, e.g. "0 2 * * *".')],
+    timezone: Annotated[str, typer.Option(help="Of the schedule.")] = "UTC",
+    store: Store = None,
+    name: Name = None,
+    sets: Sets = None,
+) -> None:
+    """Run a config on a schedule on this machine, until Ctrl-C. Each run has a name of its own.
+
+    Example: `selftrain serve nightly.yaml --cron "0 2 * * *" --timezone Europe/Berlin`
+    """
+    from flows.loading import load_config
+    from flows.serving import serve_on_schedule
+
+    loaded = load_config(config, overrides=sets or [], name=name)
+    url = _store_url(store, loaded.store)
+    serve_on_schedule(loaded.model_copy(update={"store": url}), cron=cron, timezone=timezone)
+
+
+@app.command()
+@reporting_errors
+def ui(
+    port: Annotated[int, typer.Option(help="Where the UI listens, on this machine only.")] = 4200,
+    run_id: Annotated[str | None, typer.Option(help="A flow run to link to.")] = None,
+) -> None:
+    """Open the Prefect UI on the runs that this machine has made, until Ctrl-C.
+
+    Example: `selftrain ui`
+    """
+    from flows.serving import serve_ui
+
+    serve_ui(port=port, run_id=run_id)
+
+
+@app.command()
+@reporting_errors
+def recipes() -> None:
+    """List the recipes that ship with selftrain; `selftrain config NAME` prints one."""
+    from flows.loading import RECIPES_FOLDER, recipe_names
+
+    for name in recipe_names():
+        first_line = (RECIPES_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").split("\n")[0]
+        typer.echo(f"{name:<24} {first_line.removeprefix('# ')}")
+
+
+@app.command()
+@reporting_errors
+def config(config: Config, sets: Sets = None) -> None:
+    """Check a config and print all of it, defaults filled in.
+
+    Example: `selftrain config demo --set rounds=5 > my.yaml`
+    """
+    import yaml
+
+    from flows.loading import load_config
+
+    loaded = load_config(config, overrides=sets or [])
+    dumped = loaded.model_dump(mode="json", by_alias=True)
+    typer.echo(yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True), nl=False)
+
+
+def main() -> None:
+    """Entry point of the `selftrain` command."""
+    app()
+
+
+def _run_and_show(config: Any, as_json: bool) -> None:
+    from flows.run_status import read_status
+    from flows.running import run_to_end
+    from flows.terminal import err, print_status
+    from storage.store import open_store
+
+    ui_hint = run_to_end(config)
+    finished = read_status(open_store(config.store), config.name)
+    if as_json:
+        _print_json(finished.to_json())
+        return
+    print_status(finished)
+    err.print(f"Prefect UI of this run: {ui_hint}", highlight=False, soft_wrap=True)
+
+
+def _store_url(option: str | None, configured: str | None = None) -> str:
+    url = option or configured or os.environ.get("SELFTRAIN_STORE")
+    if not url:
+        raise typer.BadParameter(
+            "no store: give --store, set SELFTRAIN_STORE, or `store` in the config"
+        )
+    return url
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

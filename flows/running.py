@@ -1,0 +1,65 @@
+"""Run a flow from the command line: server, live progress, and an honest exit code."""
+
+import os
+import signal
+
+# Before Prefect is imported: its console log would break up the progress display. The log of a run
+# is in the Prefect UI; PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=INFO shows it here as well.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+# A run outlives a restart of the server: 2 + 4 + ... + 256 s of retries.
+os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
+
+from prefect.exceptions import TerminationSignal
+from prefect.states import get_state_exception
+
+from flows.config import SelfTrainingConfig
+from flows.run_status import read_status
+from flows.self_training import self_training
+from flows.server import PrefectServer, prefect_server, wait_until_recorded
+from flows.terminal import err, showing_progress
+from storage.store import open_store
+
+
+class StoppedOnRequest(Exception):
+    """Ctrl-C or SIGTERM; the run can be resumed."""
+
+
+def run_to_end(config: SelfTrainingConfig) -> str:
+    """Run the self-training flow in this process and return where the Prefect UI shows it.
+
+    Raises: StoppedOnRequest; whatever made the run fail.
+    """
+    assert config.store is not None
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    with prefect_server() as server:
+        err.print(f"Prefect UI while it runs: {server.ui_url}", highlight=False, soft_wrap=True)
+        try:
+            with showing_progress():
+                state = self_training(config, return_state=True)
+        except (KeyboardInterrupt, TerminationSignal, StoppedOnRequest):
+            raise StoppedOnRequest(f"stopped; go on with: {resume_command(config)}") from None
+        flow_run_id = str(state.state_details.flow_run_id)
+        if server.is_ours and not wait_until_recorded(flow_run_id):
+            err.print("[yellow]the Prefect server did not record every state of this run")
+        if state.is_failed() or state.is_crashed():
+            raise get_state_exception(state)
+        assert read_status(open_store(config.store), config.name).state == "done"
+        return ui_hint(server, flow_run_id)
+
+
+def resume_command(config: SelfTrainingConfig) -> str:
+    """Return the command that goes on with a run."""
+    return f"selftrain resume {config.name} --store {config.store}"
+
+
+def ui_hint(server: PrefectServer, flow_run_id: str) -> str:
+    """Return how to look at a flow run in the Prefect UI."""
+    if server.is_ours:
+        return f"selftrain ui --run-id {flow_run_id}"
+    return f"{server.ui_url}/runs/flow-run/{flow_run_id}"
+
+
+def _raise_stopped(signum: int, frame: object) -> None:
+    raise StoppedOnRequest("stopped by SIGTERM")

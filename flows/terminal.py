@@ -1,0 +1,169 @@
+"""What the command line shows: live progress on stderr, tables on stdout."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from flows.planning import PlannedStage
+from flows.run_status import RunStatus, percent, table_rows
+from tasks.progress import Progress, listening
+
+# Where the output is no terminal, rich would fold tables to 80 columns.
+_FILE_WIDTH = 130
+
+out = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+err = Console(stderr=True)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def showing_progress() -> Iterator[None]:
+    """Show every stage of this process as a bar, or as plain lines where stderr is no terminal."""
+    if not err.is_terminal:
+        with listening(_PlainLines().listen):
+            yield
+        return
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        console=err,
+    )
+    with bars, listening(_LiveBars(bars).listen):
+        yield
+
+
+class _LiveBars:
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+
+    def listen(self, progress: Progress) -> None:
+        with self._lock:
+            if progress.stage not in self._tasks:
+                self._tasks[progress.stage] = self._bars.add_task(progress.stage, facts="")
+            facts = f"{progress.unit}  {_facts(progress)}"
+            self._bars.update(
+                self._tasks[progress.stage],
+                completed=progress.done,
+                total=progress.total,
+                facts=facts,
+            )
+
+
+class _PlainLines:
+    def __init__(self) -> None:
+        self._printed: dict[str, float] = {}
+
+    def listen(self, progress: Progress) -> None:
+        now = time.monotonic()
+        last = self._printed.get(progress.stage)
+        is_finished = progress.done >= progress.total
+        if not is_finished and last is not None and now - last < _SECONDS_BETWEEN_LINES:
+            return
+        self._printed[progress.stage] = now
+        line = f"{progress.stage}: {progress.done}/{progress.total} {progress.unit}"
+        err.print(f"{line}  {_facts(progress)}".rstrip(), highlight=False, markup=False)
+
+
+def print_status(status: RunStatus) -> None:
+    """Print the rounds of a run, where report and model lie, and how it ended."""
+    table = _table(f"run {status.run}: {_state_in_words(status)}")
+    columns = ["round", "architecture", "dev accuracy", "test accuracy", "pseudo-labels"]
+    for name in [*columns, "precision", "promoted", "seconds"]:
+        table.add_column(name, justify="left" if name == "architecture" else "right")
+    for row in table_rows(status):
+        table.add_row(*row)
+    out.print(table)
+    labels = status.labels
+    out.print(
+        f"{labels['labeled']} labels + {labels['dev']} dev = {labels['sum']} labelled images;"
+        " accuracies with 95 % intervals",
+        highlight=False,
+    )
+    if status.versions_mixed:
+        out.print("[yellow]stages of this run were computed under different library versions")
+    # Not wrapped: paths are there to be copied.
+    out.print(f"report: {status.report_url}", soft_wrap=True, highlight=False, markup=False)
+    out.print(f"model:  {status.model_url}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_plan(stages: list[PlannedStage]) -> None:
+    """Print the stages of a plan and their sum."""
+    table = _table("plan, assuming that every student is promoted")
+    for name in ["round", "stage", "state", "images", "shards", "seconds", "address"]:
+        table.add_column(name, justify="left" if name in ("stage", "address") else "right")
+    styles = {"reused": "green", "partial": "yellow", "to_do": ""}
+    for stage in stages:
+        shards = "" if stage.shards is None else f"{stage.shards_done}/{stage.shards}"
+        seconds = "" if stage.estimated_seconds is None else f"{stage.estimated_seconds:.1f}"
+        state = stage.state.replace("_", " ") + (" ?" if stage.assumed else "")
+        cells = [str(stage.round_index), stage.kind, state, f"{stage.samples:,}", shards, seconds]
+        table.add_row(*cells, stage.fingerprint[:12], style=styles[stage.state])
+    out.print(table)
+    num_reused = sum(stage.state == "reused" for stage in stages)
+    out.print(
+        f"{num_reused} of {len(stages)} stages are in the store; ? depends on a promotion to come",
+        highlight=False,
+    )
+
+
+def print_runs(store: str, runs: list[RunStatus]) -> None:
+    """Print a line for each run of a store."""
+    table = _table(f"runs in {store}")
+    for name in ["run", "state", "rounds", "dev accuracy", "test accuracy"]:
+        table.add_column(name)
+    for run in runs:
+        promoted = [one for one in run.rounds if one.promoted or one.round_index == 0]
+        last = promoted[-1] if promoted else None
+        dev = percent(last.dev_accuracy, last.dev_interval) if last else ""
+        test = percent(last.test_accuracy, last.test_interval) if last else ""
+        num_rounds = max((one.round_index for one in run.rounds), default=0)
+        table.add_row(run.run, run.state, str(num_rounds), dev, test)
+    out.print(table)
+
+
+def print_predictions(predictions: list[dict[str, Any]]) -> None:
+    """Print a line for each image."""
+    table = _table(None)
+    for name in ["image", "class", "confidence"]:
+        table.add_column(name, overflow="fold")
+    for one in predictions:
+        label = one.get("label", f"not readable: {one.get('error')}")
+        confidence = f"{100 * one['confidence']:.1f} %" if "confidence" in one else ""
+        table.add_row(one["path"], label, confidence)
+    out.print(table)
+
+
+def _table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+
+
+def _state_in_words(status: RunStatus) -> str:
+    reasons = {
+        "max_rounds": "all rounds done",
+        "no_gain": "the last student was not better than its teacher",
+        "no_dev_gain": "dev accuracy stopped rising",
+    }
+    if status.state == "unfinished":
+        return f"running or interrupted; `selftrain resume {status.run}` goes on"
+    if status.stop_reason is None:
+        return f"{status.state}; `selftrain resume {status.run}` goes on"
+    return f"done ({reasons.get(status.stop_reason, status.stop_reason)})"
+
+
+def _facts(progress: Progress) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in progress.facts.items())
