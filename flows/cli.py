@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -86,7 +86,7 @@ def plan(
 ) -> None:
     """Show what a run would compute and what it would find in the store; nothing is computed.
 
-    Example: `selftrain plan demo --store ./selftrain-store --set rounds=5`
+    Example: `selftrain plan demo --name longer --store ./selftrain-store --set rounds=5`
     """
     from flows.loading import load_config
     from flows.planning import plan_run, plan_to_json
@@ -161,7 +161,7 @@ def predict(
     run: Run,
     images: Annotated[list[Path], typer.Argument(help="Image files or folders of them.")],
     store: Store = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     as_json: Json = False,
 ) -> None:
     """Classify images with a run's model, the last one that was promoted.

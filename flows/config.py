@@ -10,10 +10,11 @@ from models.training import TrainingConfig
 from tasks.labeling import LabelingConfig
 from tasks.selection import SelectionConfig
 
-# Stored configs carry this number and are read through small migrations (flows/runs.py).
+# Stored configs carry this number and are read by flows/opening.py.
 CONFIG_SCHEMA = 1
 
-RUN_NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+# A scheduled run has its UTC start behind the name (flows/self_training.py).
+RUN_NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}(-[0-9]{8}t[0-9]{6}z)?$"
 
 
 class _Config(BaseModel):
@@ -61,7 +62,10 @@ class TrainedTeacher(TrainingConfig):
     """Round 0 is trained on the labels alone."""
 
     kind: Literal["train"] = "train"
-    unlabeled_ratio: Literal[0] = Field(default=0, description="A teacher has labels only.")
+    # Narrower than the base's int, which is sound: configs are frozen.
+    unlabeled_ratio: Literal[0] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=0, description="A teacher has labels only."
+    )
 
     def training(self) -> TrainingConfig:
         """Return the training settings without the union's tag."""

@@ -2,10 +2,11 @@
 
 import threading
 import time
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import State
+from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from storage.corpus import load_corpus
@@ -13,7 +14,7 @@ from storage.store import Store, open_store
 from tasks import labeling
 from tasks.classifiers import StoredClassifier, load_classifier
 from tasks.devices import DeviceChoice, resolve_device
-from tasks.labeling import LabelingConfig
+from tasks.labeling import LabelingConfig, LabelingStopped
 from tasks.live_progress import LiveProgress
 from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
 from tasks.stages import Reference, reference, reused
@@ -23,12 +24,12 @@ from tasks.stages import Reference, reference, reused
 _stopping = threading.Event()
 
 
-class LabelingStopped(Exception):
-    """A labelling was asked to stop; every finished shard is recorded."""
+# One thread, because one device: decoding has threads of its own. Any, because Prefect declares its
+# own task runners as no subtype of what `flow` takes (3.8.8).
+_ONE_THREAD: Any = ThreadPoolTaskRunner(max_workers=1)
 
 
-# One thread, because one device: decoding has threads of its own.
-@flow(name="label", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
+@flow(name="label", task_runner=_ONE_THREAD, persist_result=False)
 def label_corpus(
     store: str,
     model: str,
@@ -138,6 +139,8 @@ def label_group(
 ) -> int:
     """Label the shards of one group and return the number of images."""
     started, done = time.monotonic(), 0
+    if _stopping.is_set():
+        raise LabelingStopped("stopped before this group began")
     for num_samples in labeling.label_shards(
         store,
         corpus,

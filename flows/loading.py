@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -112,7 +112,7 @@ def _as_written(location: tuple[int | str, ...], document: Any) -> list[int | st
         is_key = isinstance(node, dict) and part in node
         is_index = isinstance(node, list) and isinstance(part, int)
         if is_key or is_index:
-            node = node[part]
+            node = cast("Any", node)[part]
         elif position < len(location) - 1:
             continue
         written.append(part)

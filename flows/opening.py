@@ -71,7 +71,7 @@ def open_run(store: Store, config: SelfTrainingConfig) -> OpenRun:
         a missing or damaged one, a class without label, a split with other classes.
     """
     try:
-        return _check_same(reopen_run(store, config.name), config)
+        return check_same(reopen_run(store, config.name), config)
     except UnknownRun:
         pins = resolve_inputs(store, config)
     body = {
@@ -130,7 +130,8 @@ def _stored_config(config: SelfTrainingConfig) -> dict[str, Any]:
     return stored
 
 
-def _check_same(run: OpenRun, config: SelfTrainingConfig) -> OpenRun:
+def check_same(run: OpenRun, config: SelfTrainingConfig) -> OpenRun:
+    """Return the run if it has this config; raises RunExists, naming the keys that differ."""
     there, wanted = _stored_config(run.config), _stored_config(config)
     if canonical_json(there) != canonical_json(wanted):
         # Let the store name the keys.

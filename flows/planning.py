@@ -1,11 +1,11 @@
 """What a run would compute and what it would find in the store, before anything is spent."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flows.config import SelfTrainingConfig
 from flows.graph import ModelRef, RunGraph, View
-from flows.opening import Pins, reopen_run, resolve_inputs
+from flows.opening import Pins, check_same, reopen_run, resolve_inputs
 from storage.checkpoints import newest_checkpoint
 from storage.corpus import load_corpus
 from storage.manifest import read_provenance
@@ -32,7 +32,8 @@ class PlannedStage:
         samples: images it reads, repetitions counted for training.
         shards_done: shards already labelled, None for other stages.
         shards: shards in all, None for other stages.
-        estimated_seconds: what it took when it was computed; None where it was not yet.
+        estimated_seconds: 0 where it is reused; else from the rate of finished stages of this run
+            that are like it, None where there is none.
         estimated_bytes: to be written; None where unknown.
     """
 
@@ -52,16 +53,18 @@ def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
     """List the stages of a run in order, assuming that every student is promoted.
 
     The corpora are indexed (and the demo's are made) for it; the run itself is not created.
+
+    Raises: RunExists, as the run itself would, if there is one of this name with another config.
     """
     try:
-        run = reopen_run(store, config.name)
+        run = check_same(reopen_run(store, config.name), config)
         config, pins = run.config, run.pins
     except UnknownRun:
         pins = resolve_inputs(store, config)
     view = None
     if pins.given_teacher is not None:
         view = View.of(read_description(store, pins.given_teacher))
-    return _Planner(store, config, pins, RunGraph(config, pins, view)).stages()
+    return _Planner(store, config, pins, RunGraph(config, pins, view)).estimated_stages()
 
 
 def plan_to_json(stages: list[PlannedStage]) -> dict[str, Any]:
@@ -75,6 +78,13 @@ class _Planner:
     config: SelfTrainingConfig
     pins: Pins
     graph: RunGraph
+    # Kind and, for trainings, network and image size -> (seconds, samples) of finished stages.
+    measured: dict[str, tuple[float, int]] = field(default_factory=dict)
+    likeness: dict[str, str] = field(default_factory=dict)
+
+    def estimated_stages(self) -> list[PlannedStage]:
+        """Return the stages with the seconds that those still to do will take."""
+        return [self._with_estimate(stage) for stage in self.stages()]
 
     def stages(self) -> list[PlannedStage]:
         teacher = self.graph.first_model()
@@ -145,13 +155,11 @@ class _Planner:
             is_begun=len(missing) < len(corpus.shards),
         )
         row_bytes = _BYTES_PER_PREDICTION + 2 * len(self.pins.class_names)
-        return PlannedStage(
-            **{
-                **asdict(planned),
-                "shards_done": len(corpus.shards) - len(missing),
-                "shards": len(corpus.shards),
-                "estimated_bytes": num_missing * row_bytes,
-            }
+        return replace(
+            planned,
+            shards_done=len(corpus.shards) - len(missing),
+            shards=len(corpus.shards),
+            estimated_bytes=num_missing * row_bytes,
         )
 
     def _stage(
@@ -164,7 +172,13 @@ class _Planner:
         is_begun: bool = False,
     ) -> PlannedStage:
         is_done = specification.result(self.store) is not None
-        provenance = read_provenance(self.store, specification.folder) if is_done else None
+        training = specification.settings.get("training")
+        like = specification.kind + (
+            f"{training['architecture']}{training['image_size']}" if training else ""
+        )
+        self.likeness[specification.fingerprint] = like
+        if is_done:
+            self._measure(specification, like, samples)
         return PlannedStage(
             kind=specification.kind,
             round_index=round_index,
@@ -172,9 +186,23 @@ class _Planner:
             assumed=assumed,
             state="reused" if is_done else "partial" if is_begun else "to_do",
             samples=samples,
-            estimated_seconds=(provenance or {}).get("seconds"),
+            estimated_seconds=0.0 if is_done else None,
             estimated_bytes=0 if is_done else None,
         )
+
+    def _measure(self, specification: Specification, like: str, samples: int) -> None:
+        provenance = read_provenance(self.store, specification.folder) or {}
+        # A stage that was resumed tells the time of its last attempt only.
+        if "seconds" in provenance and not provenance.get("resumed_at_step"):
+            seconds, counted = self.measured.get(like, (0.0, 0))
+            self.measured[like] = seconds + provenance["seconds"], counted + samples
+
+    def _with_estimate(self, stage: PlannedStage) -> PlannedStage:
+        seconds, samples = self.measured.get(self.likeness[stage.fingerprint], (0.0, 0))
+        if stage.estimated_seconds is not None or samples == 0:
+            return stage
+        share = 1.0 if not stage.shards else 1 - (stage.shards_done or 0) / stage.shards
+        return replace(stage, estimated_seconds=seconds / samples * stage.samples * share)
 
     def _corpus_size(self) -> int:
         return load_corpus(self.store, self.pins.unlabeled).num_samples

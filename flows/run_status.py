@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.opening import OpenRun, reopen_run
+from models.architectures import architecture_name
 from storage.addresses import model_folder
 from storage.corpus import load_corpus
 from storage.manifest import read_provenance
 from storage.runs import read_events, write_view
 from storage.store import Store
+from tasks.classifiers import read_description
 from tasks.evaluation import read_report
 from tasks.selection import read_summary
 from tasks.specifications import folder_of, read_result
@@ -145,6 +147,10 @@ def read_status(store: Store, name: str) -> RunStatus:
         else:
             target = rounds.setdefault(stage["round_index"], RoundStatus(stage["round_index"]))
         _add_stage(store, target, stage, versions)
+    given = run.pins.given_teacher
+    if given is not None and 0 in rounds:  # no training of this run tells of it
+        rounds[0].fingerprint = given
+        rounds[0].architecture = architecture_name(read_description(store, given).architecture)
     ordered = tuple(rounds[index] for index in sorted(rounds))
     return RunStatus(
         run=name,

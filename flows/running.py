@@ -11,15 +11,18 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 # A run outlives a restart of the server: 2 + 4 + ... + 256 s of retries.
 os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
 
+from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
-from prefect.states import get_state_exception
 
 from flows.config import SelfTrainingConfig
 from flows.run_status import read_status
 from flows.self_training import self_training
 from flows.server import PrefectServer, prefect_server, wait_until_recorded
 from flows.terminal import err, showing_progress
+from storage.runs import read_events
 from storage.store import open_store
+from tasks.labeling import LabelingStopped
+from tasks.training import TrainingStopped
 
 
 class StoppedOnRequest(Exception):
@@ -41,10 +44,10 @@ def run_to_end(config: SelfTrainingConfig) -> str:
         except (KeyboardInterrupt, TerminationSignal, StoppedOnRequest):
             raise StoppedOnRequest(f"stopped; go on with: {resume_command(config)}") from None
         flow_run_id = str(state.state_details.flow_run_id)
-        if server.is_ours and not wait_until_recorded(flow_run_id):
+        if server.is_ours and not wait_until_recorded(flow_run_id, at_least=_num_stages(config)):
             err.print("[yellow]the Prefect server did not record every state of this run")
         if state.is_failed() or state.is_crashed():
-            raise get_state_exception(state)
+            _raise_from(state, config)
         assert read_status(open_store(config.store), config.name).state == "done"
         return ui_hint(server, flow_run_id)
 
@@ -59,6 +62,22 @@ def ui_hint(server: PrefectServer, flow_run_id: str) -> str:
     if server.is_ours:
         return f"selftrain ui --run-id {flow_run_id}"
     return f"{server.ui_url}/runs/flow-run/{flow_run_id}"
+
+
+def _raise_from(state: State, config: SelfTrainingConfig) -> None:
+    try:
+        state.result()
+    except (TrainingStopped, LabelingStopped) as error:
+        # A worker or a group of shards was stopped by somebody else, such as a batch system.
+        raise StoppedOnRequest(f"{error}; go on with: {resume_command(config)}") from error
+
+
+def _num_stages(config: SelfTrainingConfig) -> int:
+    """Return how many stages the last attempt at the run has begun; 0 if it did not get there."""
+    assert config.store is not None
+    types = [event["type"] for event in read_events(open_store(config.store), config.name)]
+    started = len(types) - types[::-1].index("run_started") if "run_started" in types else 0
+    return types[started:].count("stage_referenced")
 
 
 def _raise_stopped(signum: int, frame: object) -> None:

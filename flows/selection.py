@@ -6,10 +6,11 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import State
+from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from models.balancing import (
+    NoBalancePlan,
     finish_plan,
     merge_candidates,
     merge_histograms,
@@ -37,12 +38,15 @@ _OPTIONS: dict[str, Any] = {
     "retry_condition_fn": worth_retrying,
 }
 
-count_confidences = task(selection.count_confidences, name="count-confidences", **_OPTIONS)
-collect_candidates = task(selection.collect_candidates, name="collect-candidates", **_OPTIONS)
-write_selections = task(selection.write_selections, name="write-selections", **_OPTIONS)
+count_confidences = task(name="count-confidences", **_OPTIONS)(selection.count_confidences)
+collect_candidates = task(name="collect-candidates", **_OPTIONS)(selection.collect_candidates)
+write_selections = task(name="write-selections", **_OPTIONS)(selection.write_selections)
+
+# Any, because Prefect declares its own task runners as no subtype of what `flow` takes (3.8.8).
+_TWO_THREADS: Any = ThreadPoolTaskRunner(max_workers=2)
 
 
-@flow(name="select", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
+@flow(name="select", task_runner=_TWO_THREADS, persist_result=False)
 def select_pseudo_labels(
     store: str,
     labeling: str,
@@ -103,7 +107,7 @@ def select_pseudo_labels(
         future.result()
         report(Progress(label, number, len(groups), "groups of shards"))
     floor = config.threshold.confidence
-    if hasattr(finished_plan, "thresholds"):
+    if not isinstance(finished_plan, NoBalancePlan):
         facts["class_thresholds"] = finished_plan.thresholds(floor).tolist()
         facts["quota"] = finished_plan.quota
     manifest = selection.finish(

@@ -18,6 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.filters import FlowRunFilterId as ById
 from prefect.client.schemas.filters import FlowRunFilterParentFlowRunId as ByParent
+from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import (
@@ -32,12 +33,16 @@ from tasks.children import die_with_parent, stop_process_group
 START_TIMEOUT_SECONDS = 120
 DRAIN_TIMEOUT_SECONDS = 30
 
-# Task states reach the server's database in batches: larger ones keep up with larger fan-outs.
+# Task states reach the server's database in batches: larger ones keep up with larger fan-outs. A
+# batch that does not fill is written after the flush interval.
+_FLUSH_SECONDS = 1
 _SERVER_SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": str(_FLUSH_SECONDS),
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": str(_FLUSH_SECONDS),
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
         "prefect.server.concurrency.lease_storage.filesystem"
     ),
@@ -89,7 +94,11 @@ def prefect_server(*, port: int | None = None) -> Iterator[PrefectServer]:
                     PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
                 }
             ):
-                yield PrefectServer(api_url=api_url, is_ours=True)
+                try:
+                    yield PrefectServer(api_url=api_url, is_ours=True)
+                finally:
+                    # What is still queued here would be retried for minutes once the server is gone.
+                    _send_what_is_queued()
         finally:
             stop_process_group(process, grace_seconds=20)
 
@@ -118,39 +127,63 @@ def start_server_process(port: int, log: Any) -> "subprocess.Popen[bytes]":
 
 
 def wait_until_recorded(
-    flow_run_id: str, *, timeout_seconds: float = DRAIN_TIMEOUT_SECONDS
+    flow_run_id: str, *, at_least: int = 0, timeout_seconds: float = DRAIN_TIMEOUT_SECONDS
 ) -> bool:
     """Return whether the API holds a final state of the flow run, its subflows and their tasks.
 
     Task states travel as events and arrive late: a server stopped at once would show a finished
-    run with tasks `Running` for ever.
+    run with tasks `Running`, or without them, for ever.
+
+    Args:
+        flow_run_id: a flow run of this process that has ended.
+        at_least: task runs that the flow itself is known to have begun; a subflow counts as one.
+            A task run whose events are still on their way is not in the API at all.
+        timeout_seconds: after which the answer is False.
     """
-    EventsWorker.drain_all(timeout=10)
-    APILogWorker.drain_all(timeout=10)
+    _send_what_is_queued()
     deadline = time.monotonic() + timeout_seconds
-    previous: tuple[int, int] | None = None
+    unchanged_since, previous = time.monotonic(), -1
     with get_client(sync_client=True) as client:
         while time.monotonic() < deadline:
-            unfinished, total = _count_states(client, UUID(flow_run_id))
-            if unfinished == 0 and previous == (0, total):
+            found = _family(client, UUID(flow_run_id))
+            if len(found.states) != previous:
+                unchanged_since, previous = time.monotonic(), len(found.states)
+            is_complete = found.num_own_tasks >= at_least and found.are_final
+            if is_complete and time.monotonic() - unchanged_since > _FLUSH_SECONDS:
                 return True
-            previous = (unfinished, total)
-            time.sleep(0.5)
+            time.sleep(0.25)
     return False
 
 
-def _count_states(client: SyncPrefectClient, flow_run_id: UUID) -> tuple[int, int]:
+def _send_what_is_queued() -> None:
+    EventsWorker.drain_all(timeout=10)
+    APILogWorker.drain_all(timeout=10)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The states of a flow run, its subflows and all their task runs, as the API shows them."""
+
+    states: list[State | None]
+    num_own_tasks: int
+
+    @property
+    def are_final(self) -> bool:
+        return all(state is not None and state.is_final() for state in self.states)
+
+
+def _family(client: SyncPrefectClient, flow_run_id: UUID) -> _Family:
     children = FlowRunFilter(parent_flow_run_id=ByParent(any_=[flow_run_id]))
     subflows = client.read_flow_runs(flow_run_filter=children)
     ids = [flow_run_id, *(run.id for run in subflows)]
     family = FlowRunFilter(id=ById(any_=ids))
     states = [client.read_flow_run(flow_run_id).state, *(run.state for run in subflows)]
-    num_tasks = 0
+    num_tasks = num_own = 0
     while page := client.read_task_runs(flow_run_filter=family, limit=200, offset=num_tasks):
         num_tasks += len(page)
+        num_own += sum(run.flow_run_id == flow_run_id for run in page)
         states.extend(run.state for run in page)
-    unfinished = sum(state is None or not state.is_final() for state in states)
-    return unfinished, len(states)
+    return _Family(states, num_own)
 
 
 def wait_until_healthy(

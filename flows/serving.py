@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-from prefect.deployments.runner import EntrypointType
 from prefect.schedules import Cron
+from prefect.types.entrypoint import EntrypointType
 
 from flows import running  # noqa: F401  (sets Prefect's environment before it is used)
 from flows.config import SelfTrainingConfig

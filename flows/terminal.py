@@ -155,7 +155,7 @@ def _table(title: str | None) -> Table:
 def _state_in_words(status: RunStatus) -> str:
     reasons = {
         "max_rounds": "all rounds done",
-        "no_gain": "the last student was not better than its teacher",
+        "no_gain": "the last student was worse than its teacher",
         "no_dev_gain": "dev accuracy stopped rising",
     }
     if status.state == "unfinished":

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from tasks.shard_items import BadSampleBudget, OpenShard, Pixels, ShardItems, Ta
 
 CACHE_BYTES = 4 * 2**30
 """Pixels or shards that one training may hold in memory; above it, shards are read again."""
+
+_BudgetOf = Callable[[str], BadSampleBudget]
 
 _DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
@@ -48,6 +51,7 @@ class SampleStream:
         open_shard: OpenShard,
         config: TrainingConfig,
         *,
+        shard_bytes: int,
         order_stream: int,
         noise_stream: int,
         decoders: ThreadPoolExecutor,
@@ -58,7 +62,8 @@ class SampleStream:
         self._noise_stream = noise_stream
         self._decoders = decoders
         self._opened: OrderedDict[int, ShardItems] = OrderedDict()
-        num_bytes = self._order.num_items * config.image_size**2 * 3
+        # An open shard holds its files beside the pixels.
+        num_bytes = self._order.num_items * config.image_size**2 * 3 + shard_bytes
         self.is_cached = num_bytes <= CACHE_BYTES and not isinstance(
             config.noise.crop, RandomResizedConfig
         )
@@ -129,12 +134,20 @@ class TrainingBatches:
         self._decoders = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._pending: dict[int, Future[tuple[_Read, _Read | None]]] = {}
+        self._budgets: dict[tuple[str, str], BadSampleBudget] = {}
 
-        def stream(name: str, items: list[int], open_shard: OpenShard) -> SampleStream:
+        def budget(name: str, stem: str) -> BadSampleBudget:
+            made = BadSampleBudget(stem, max_bad_samples)
+            return self._budgets.setdefault((name, stem), made)
+
+        def stream(
+            name: str, corpus: Corpus, items: list[int], open_shard: OpenShard
+        ) -> SampleStream:
             return SampleStream(
                 items,
                 open_shard,
                 config,
+                shard_bytes=corpus.num_bytes,
                 order_stream=derive_seed(stage_stream, "order", name),
                 noise_stream=self._noise_stream,
                 decoders=self._decoders,
@@ -142,16 +155,16 @@ class TrainingBatches:
 
         corpus = load_corpus(store, labeled)
         items = [shard.num_samples for shard in corpus.shards]
-        opener = _labeled_opener(store, corpus, class_names, max_bad_samples)
-        self._labeled = stream("labeled", items, opener)
+        opener = _labeled_opener(store, corpus, class_names, partial(budget, "labeled"))
+        self._labeled = stream("labeled", corpus, items, opener)
         self._pseudo: SampleStream | None = None
         if selection is not None and labeling is not None:
             corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
             items = [selection.counts["items"][shard.stem] for shard in corpus.shards]
             opener = _pseudo_opener(
-                store, corpus, selection, labeling, len(class_names), max_bad_samples
+                store, corpus, selection, labeling, len(class_names), partial(budget, "pseudo")
             )
-            self._pseudo = stream("pseudo", items, opener)
+            self._pseudo = stream("pseudo", corpus, items, opener)
         self.targets_are_hard = (
             selection is not None and selection.settings["selection"]["target"] == "hard"
         )
@@ -174,6 +187,14 @@ class TrainingBatches:
             pseudo_weights=torch.from_numpy(pseudo.targets.weights).to(self._device),
             pseudo_is_hard=self.targets_are_hard,
         )
+
+    def bad_samples(self) -> dict[str, str]:
+        """Return key -> reason of the images that could not be decoded so far."""
+        return {
+            key: reason
+            for _, budget in sorted(self._budgets.items())
+            for key, reason in sorted(budget.reasons.items())
+        }
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -224,7 +245,7 @@ def _joined(parts: list[tuple[NDArray[np.int64], ShardItems, NDArray[np.int64]]]
 
 
 def _labeled_opener(
-    store: Store, corpus: Corpus, class_names: tuple[str, ...], max_bad_samples: int
+    store: Store, corpus: Corpus, class_names: tuple[str, ...], budget_of: _BudgetOf
 ) -> OpenShard:
     locations = load_locations(store, corpus.digest)
     assert corpus.class_names is not None, "splits are checked when the run is opened"
@@ -241,7 +262,7 @@ def _labeled_opener(
             copies=np.zeros(len(samples), np.int64),
             key_hashes=hash_keys([s.key for s in samples]).view(np.int64),
             targets=Targets(labels=np.array([to_run[label] for label in labels], np.int64)),
-            budget=BadSampleBudget(stem, max_bad_samples),
+            budget=budget_of(stem),
         )
 
     return open_shard
@@ -259,7 +280,7 @@ def _pseudo_opener(
     selection: Manifest,
     labeling: Manifest,
     num_classes: int,
-    max_bad_samples: int,
+    budget_of: _BudgetOf,
 ) -> OpenShard:
     locations = load_locations(store, corpus.digest)
 
@@ -286,7 +307,7 @@ def _pseudo_opener(
                 probs=target_probabilities(chosen, rows, num_classes),
                 weights=chosen.weight[rows],
             ),
-            budget=BadSampleBudget(shard.stem, max_bad_samples),
+            budget=budget_of(shard.stem),
         )
 
     return open_shard

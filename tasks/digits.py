@@ -17,12 +17,13 @@ def read_digits() -> list[SourceImage]:
     # Imported here: scikit-learn takes a second, and only the demo's corpus needs it.
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    features, labels = load_digits(return_X_y=True)
     images: list[SourceImage] = []
-    for index, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
-        # Intensities are 0..16, ink is high: scale to 8 bits.
+    for index, (pixels, label) in enumerate(zip(features, labels, strict=True)):
+        # (64,), intensities 0..16, ink is high -> (8, 8) of 8 bits
+        gray = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(8, 8)
         buffer = io.BytesIO()
-        Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)).save(buffer, "PNG")
+        Image.fromarray(gray).save(buffer, "PNG")
         png = buffer.getvalue()
         images.append(SourceImage(f"{label}/{index:04d}.png", str(label), lambda png=png: png))
     return images

@@ -73,7 +73,7 @@ def evaluate(
     """Predict a labelled split, commit the report and the predictions behind it."""
     started = time.monotonic()
     corpus = load_corpus(store, specification.inputs["corpus"])
-    predictions = _predict_split(store, corpus, classifier, max_bad_samples=max_bad_samples)
+    predictions, bad = _predict_split(store, corpus, classifier, max_bad_samples=max_bad_samples)
     report = _report(predictions, classifier.class_names)
     folder = specification.folder
     objects = (
@@ -100,6 +100,7 @@ def evaluate(
         objects=objects,
         counts={
             "samples": predictions.num_samples,
+            "bad_samples": bad,
             "classes": predictions.num_classes,
             "accuracy": report["accuracy"],
             "interval": report["interval"],
@@ -172,22 +173,28 @@ def read_evaluation_predictions(store: Store, manifest: Manifest) -> Predictions
 
 def _predict_split(
     store: Store, corpus: Corpus, classifier: StoredClassifier, *, max_bad_samples: int
-) -> Predictions:
-    """Predict all shards of a split into one table, keyed by whole sample keys."""
+) -> tuple[Predictions, dict[str, str]]:
+    """Predict all shards of a split into one table, keyed by whole sample keys.
+
+    Returns: the table, and key -> reason of what could not be decoded.
+    """
     locations = load_locations(store, corpus.digest)
     assert corpus.class_names is not None, "splits are checked when the run is opened"
     # Label i of the split's .cls members is class to_run[i] of the run.
     to_run = class_order(classifier.class_names, corpus.class_names, model="the run")
     parts: list[tuple[str, Predicted]] = []
+    bad: dict[str, str] = {}
     for shard in corpus.shards:
+        budget = BadSampleBudget(shard.stem, max_bad_samples)
         predicted = predict_samples(
             read_samples(corpus, locations, shard.stem),
             classifier,
             precision="fp32",
             batch_size=_BATCH_SIZE,
-            budget=BadSampleBudget(shard.stem, max_bad_samples),
+            budget=budget,
         )
         parts.append((shard.stem, predicted))
+        bad |= budget.reasons
     whole = Predicted(
         keys=tuple(sample_key(stem, key) for stem, part in parts for key in part.keys),
         labels=tuple(label for _, part in parts for label in part.labels),
@@ -199,7 +206,7 @@ def _predict_split(
         if label is None:
             raise ValueError(f"{key}: no .cls member, but dev and test splits must be labelled")
         truth.append(to_run[label])
-    return whole.to_predictions(truth)
+    return whole.to_predictions(truth), bad
 
 
 def _report(predictions: Predictions, class_names: tuple[str, ...]) -> dict[str, Any]:

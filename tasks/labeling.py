@@ -34,6 +34,10 @@ LABELER_VERSION = 1
 _IMAGE_BYTES_PER_BATCH = 256 * 2**20
 
 
+class LabelingStopped(Exception):
+    """A labelling was asked to stop; every finished shard is recorded."""
+
+
 class LabelingConfig(BaseModel):
     """How the teacher labels: EMA weights, eval mode, the clean view."""
 
@@ -130,12 +134,19 @@ def label_shards(
 ) -> Iterator[int]:
     """Label shards one by one and yield the number of samples of each once it is committed.
 
+    Shards that are recorded already are passed over.
+
     Raises: TooManyBadSamples, MissingShard, CorruptShard.
     """
     corpus = load_corpus(store, corpus_digest)
     locations = load_locations(store, corpus_digest)
     truth = _Truth(corpus, classifier.class_names)
     for stem in stems:
+        shard = corpus.shard(stem)
+        # A group that is tried again goes on where it broke off.
+        if read_record(store, labeler, shard.digest) is not None:
+            yield shard.num_samples
+            continue
         budget = BadSampleBudget(stem, max_bad_samples)
         predicted = predict_samples(
             read_samples(corpus, locations, stem),
@@ -148,11 +159,11 @@ def label_shards(
         write_predictions(
             store,
             labeler,
-            corpus.shard(stem).digest,
+            shard.digest,
             predicted.to_predictions([truth.of(label) for label in predicted.labels]),
             {"bad_samples": bad},
         )
-        yield corpus.shard(stem).num_samples
+        yield shard.num_samples
 
 
 class _Truth:

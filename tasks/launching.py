@@ -13,7 +13,7 @@ from storage.store import Store
 from tasks.children import die_with_parent, stop_process_group
 from tasks.devices import DeviceChoice
 from tasks.training import TrainingStopped
-from tasks.worker import STOPPED
+from tasks.worker import REFUSED, STOPPED
 
 _POLL_SECONDS = 0.25
 _STOP_GRACE_SECONDS = 60
@@ -21,6 +21,10 @@ _STOP_GRACE_SECONDS = 60
 
 class TrainingFailed(RuntimeError):
     """The worker ended without a model."""
+
+
+class TrainingRefused(ValueError):
+    """The worker found its input or settings at fault; another try would fail alike."""
 
 
 def launch_worker(
@@ -40,8 +44,8 @@ def launch_worker(
         fingerprint: of the training.
         device: where to train.
         on_progress: called with step, total_steps, loss and learning_rate, a few times a second.
-    Raises: TrainingStopped if the worker was stopped by somebody else; TrainingFailed with the end
-        of its output.
+    Raises: TrainingStopped if the worker was stopped by somebody else; TrainingRefused with its
+        message; TrainingFailed with the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="selftrain-worker-") as folder:
         log_path, progress_path = Path(folder) / "log.txt", Path(folder) / "progress.jsonl"
@@ -69,6 +73,8 @@ def launch_worker(
         output = log_path.read_text(errors="replace").strip()
     if process.returncode == STOPPED:
         raise TrainingStopped(output.splitlines()[-1] if output else "training was stopped")
+    if process.returncode == REFUSED:
+        raise TrainingRefused(output.splitlines()[-1])
     if process.returncode != 0:
         last = output.splitlines()[-1] if output else "no output"
         raise TrainingFailed(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from models.calibration import TEMPERATURE_RANGE
 from models.evaluation.promotion import decide_promotion
 from storage.corpus import load_corpus
 from storage.manifest import Manifest, read_provenance
@@ -42,11 +43,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What the interval says."""
-        if self.low > 0:
-            return "better beyond the interval"
-        if self.high < 0:
-            return "worse beyond the interval"
-        return "no difference beyond the interval"
+        return "includes 0" if self.low <= 0 <= self.high else "excludes 0"
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,11 @@ class RoundSelection:
     round_index: int
     manifest: Manifest
     summary: dict[str, Any]
+
+    @property
+    def is_temperature_at_an_end(self) -> bool:
+        """Whether the fit ran to an end of its range, so that confidences mean little."""
+        return self.summary.get("temperature") in TEMPERATURE_RANGE
 
     @property
     def threshold(self) -> float | None:
@@ -113,7 +115,8 @@ def compare(
     store: Store, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
 ) -> Comparison | None:
     """Compare two models of the status on test, else on dev; None where they share no split."""
-    for kind, split in (("test", "test"), ("validate", "dev")):
+    kinds: tuple[tuple[str, Literal["test", "dev"]], ...] = (("test", "test"), ("validate", "dev"))
+    for kind, split in kinds:
         results = [finished_stage(store, model, kind) for model in (first, second)]
         one, other = (None if r is None else _correct_by_key(store, r) for r in results)
         if one is None or other is None or one.keys() != other.keys():

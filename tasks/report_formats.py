@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 UNKNOWN = "n/a"
@@ -27,7 +28,10 @@ def points(difference: float | None) -> str:
     """Return a difference of two shares in percentage points, always with its sign."""
     if difference is None:
         return UNKNOWN
-    text = f"{100 * difference:+.1f}"
+    # Half up: 95.75 % (written 95.8) - 93.5 % should read +2.3, not +2.2. The six decimals take
+    # away what binary fractions add.
+    exact = Decimal(f"{100 * difference:.6f}")
+    text = f"{exact.quantize(Decimal('0.1'), ROUND_HALF_UP):+}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
 
 

@@ -143,6 +143,7 @@ def run_training(
         device=device,
         resumed_at_step=first_step,
         steps=total_steps - first_step,
+        bad_samples=batches.bad_samples(),
     )
     delete_checkpoints(store, specification.fingerprint)
     return manifest

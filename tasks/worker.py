@@ -1,11 +1,11 @@
 """Train what a store specifies: `python -m tasks.worker STORE FINGERPRINT`; imports no Prefect.
 
-Exit codes: 0 the model is committed, 1 failed, 3 stopped on request with a checkpoint written.
+Exit codes: 0 the model is committed, 1 failed, 2 refused (input or settings are at fault, another
+try would fail alike), 3 stopped on request with a checkpoint written.
 """
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -17,17 +17,21 @@ import torch
 from models.training import StepReport
 from storage.manifest import read_manifest
 from storage.store import open_store
+from tasks.checkpointing import VersionsChanged
 from tasks.devices import resolve_device
-from tasks.training import TrainingStopped, run_training
+from tasks.training import TrainingDiverged, TrainingStopped, run_training
 from tasks.training_orders import read_order
 
-STOPPED = 3
+REFUSED, STOPPED = 2, 3
+
+_REFUSALS = (ValueError, FileNotFoundError, PermissionError, TrainingDiverged, VersionsChanged)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train to the end, or until SIGTERM, and return the exit code."""
     options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     store = open_store(options.store)
     order = read_order(store, options.fingerprint)
     folder = order.specification.folder
@@ -52,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED
+    except _REFUSALS as refusal:
+        print(refusal, file=sys.stderr)
+        return REFUSED
     return 0
 
 
@@ -83,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("store", help="URL of the store")
     parser.add_argument("fingerprint", help="fingerprint of a training specified in the store")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, help="CPU threads; default: one a core")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: OMP_NUM_THREADS, else one a core")
     parser.add_argument("--progress", help="file to append progress to, one JSON object a line")
     return parser
 

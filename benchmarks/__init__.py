@@ -1,0 +1,1 @@
+"""What the README claims, measured; each file prints its figures, `--json` as a list of objects."""

@@ -1,0 +1,190 @@
+"""kill -9 of the whole run, again and again, then resume: same bytes, nothing done twice."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+OVERRIDES = [
+    "rounds=2",
+    "data.test=60",
+    "data.dev=60",
+    "teacher.architecture={kind: small_cnn, width: 8, depth: 1}",
+    "student.architecture={kind: small_cnn, width: 8, depth: 1}",
+    "teacher.duration.steps=60",
+    "student.duration.steps=60",
+    "teacher.batch_size=20",
+    "student.batch_size=20",
+    "teacher.checkpoint_every_steps=10",
+    "student.checkpoint_every_steps=10",
+    # So short a training labels badly; what is tested here is that it does so twice alike.
+    "selection.threshold.confidence=0.1",
+    "selection.allow_collapse=true",
+]
+
+# In the order of the run; each kill lets it come a little further. `name#n`: when passed the n-th
+# time in one process.
+CRASH_POINTS = [
+    "checkpoint.before_data#2",
+    "checkpoint.between_data_and_record#2",
+    "train.before_data",
+    "train.before_manifest",
+    "train.after_manifest",
+    "validate.before_data",
+    "validate.before_manifest",
+    "validate.after_manifest",
+    "test.before_data",
+    "test.before_manifest",
+    "test.after_manifest",
+    "label.before_data#3",
+    "label.between_data_and_record#2",
+    "label.before_manifest",
+    "label.after_manifest",
+    "select.before_data#4",
+    "select.between_data_and_record#3",
+    "select.before_manifest",
+    "select.after_manifest",
+    "checkpoint.between_data_and_record#3",  # round 1's student
+    "train.before_data",
+    "train.before_manifest",
+    "train.after_manifest",
+    "promote.before_data",
+    "promote.before_manifest",
+    "promote.after_manifest",
+]
+NUM_RANDOM_KILLS = 3
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
+    store = tmp_path_factory.mktemp("uninterrupted") / "store"
+    finished = _start(store, prefect_api).wait(timeout=600)
+    assert finished == 0
+    return store
+
+
+def test_killed_and_resumed_run_equals_uninterrupted_one_and_repeats_nothing(
+    tmp_path: Path, uninterrupted: Path, prefect_api: str
+) -> None:
+    store = tmp_path / "store"
+    committed: dict[str, tuple[int, int]] = {}
+    for point in CRASH_POINTS:
+        process = _start(store, prefect_api, crash_at=point)
+        assert process.wait(timeout=300) == -signal.SIGKILL, f"{point} was not reached"
+        _assert_untouched(store, committed, after=point)
+        committed = _committed_data(store)
+    moments = random.Random(20)
+    for _ in range(NUM_RANDOM_KILLS):
+        process = _start(store, prefect_api)
+        time.sleep(moments.uniform(6, 14))
+        process.kill()
+        process.wait()
+        _assert_untouched(store, committed, after="a kill at a random moment")
+        committed = _committed_data(store)
+    assert _start(store, prefect_api, resume=True).wait(timeout=600) == 0
+
+    _assert_untouched(store, committed, after="the last resume")
+    assert _results(store) == _results(uninterrupted)
+    # Work skipped: trainings that were killed at their end went on from a checkpoint near it.
+    resumed = [p["resumed_at_step"] for p in _provenances(store) if "resumed_at_step" in p]
+    assert sum(step >= 40 for step in resumed) >= 2, resumed
+
+
+def test_control_without_reuse_repeats_work(
+    tmp_path: Path, uninterrupted: Path, prefect_api: str
+) -> None:
+    """The assertion above can fail: with the reuse checks switched off, it does."""
+    store = tmp_path / "store"
+    shutil.copytree(uninterrupted, store)
+    committed = _committed_data(store)
+    driver = (
+        "import tasks.labeling, tasks.stages, flows.labeling, flows.selection, flows.cli, sys\n"
+        "for module in (tasks.stages, flows.labeling, flows.selection):\n"
+        "    module.reused = lambda store, specification: None\n"
+        "tasks.labeling.shards_to_label = lambda store, labeler, corpus: list(corpus.shards)\n"
+        "flows.cli.main()"
+    )
+    process = _start(store, prefect_api, command=[sys.executable, "-c", driver])
+    assert process.wait(timeout=600) == 0
+    with pytest.raises(AssertionError, match="was written again"):
+        _assert_untouched(store, committed, after="a run that reuses nothing")
+
+
+def _start(
+    store: Path,
+    prefect_api: str,
+    *,
+    crash_at: str | None = None,
+    resume: bool = False,
+    command: list[str] | None = None,
+) -> "subprocess.Popen[bytes]":
+    arguments = command or [sys.executable, "-m", "flows.cli"]
+    if resume:
+        arguments = [*arguments, "resume", "killed", "--store", str(store)]
+    else:
+        arguments = [*arguments, "run", "demo", "--name", "killed", "--store", str(store)]
+        for override in OVERRIDES:
+            arguments += ["--set", override]
+    environment = {**os.environ, "PREFECT_API_URL": prefect_api}
+    if crash_at is not None:
+        environment["SELFTRAIN_CRASH_AT"] = crash_at
+        # The shell becomes the driver and so knows its process id: a crash point in a worker kills
+        # the driver with it, as a lost machine would.
+        arguments = ["sh", "-c", 'SELFTRAIN_CRASH_PID=$$ exec "$@"', "sh", *arguments]
+    return subprocess.Popen(
+        arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+
+
+def _committed_data(store: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and time of every data object that a record or manifest names."""
+    found: dict[str, tuple[int, int]] = {}
+    for record in store.rglob("*.json"):
+        if record.parent.name not in ("runs", "events") and "attempts" not in record.parts:
+            for path in _paths_in(json.loads(record.read_bytes())):
+                stat = (store / path).stat()
+                found[path] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def _paths_in(value: object) -> list[str]:
+    if isinstance(value, dict):
+        if {"path", "sha256", "size", "name"} <= value.keys():
+            return [value["path"]]
+        return [path for one in value.values() for path in _paths_in(one)]
+    if isinstance(value, list):
+        return [path for one in value for path in _paths_in(one)]
+    return []
+
+
+def _assert_untouched(store: Path, committed: dict[str, tuple[int, int]], *, after: str) -> None:
+    now = _committed_data(store)
+    for path, identity in committed.items():
+        assert now.get(path) == identity, f"{path} was written again after {after}"
+
+
+def _results(store: Path) -> dict[str, bytes]:
+    """Return what was computed: every manifest, record and data object, save provenance."""
+    folders = ("models", "predictions", "labelings", "selections", "evaluations", "corpora")
+    named = set(_committed_data(store))
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for folder in folders
+        for path in sorted((store / folder).rglob("*"))
+        if path.name == "manifest.json"
+        or str(path.relative_to(store)) in named
+        or (path.suffix == ".json" and path.parent.parent.name in ("predictions", "selections"))
+    }
+
+
+def _provenances(store: Path) -> list[dict[str, object]]:
+    return [json.loads(p.read_bytes()) for p in (store / "models").rglob("provenance.json")]

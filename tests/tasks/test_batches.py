@@ -1,0 +1,378 @@
+"""Batches: the same at every step of every run, joined on keys, each copy under its own noise."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import tasks.batches
+from models.balancing import BalanceNoneConfig, TopKConfig
+from models.noise import AffineConfig, NoiseConfig, RandomResizedConfig
+from models.thresholds import FixedThresholdConfig
+from storage.selections import Reason, Selection
+from tasks.batches import TrainingBatches, target_probabilities
+from tasks.images import clean_view, decode_image
+from tasks.selection import SelectionConfig
+from tasks.shard_items import TooManyBadSamples
+
+BAD = b"\x89PNG\r\n\x1a\n cut"
+CLEAN = NoiseConfig(horizontal_flip=False)
+KEEP_ALL = SelectionConfig(
+    calibration="none",
+    threshold=FixedThresholdConfig(confidence=0),
+    balance=BalanceNoneConfig(),
+    allow_collapse=True,
+)
+
+
+@pytest.fixture
+def open_batches():
+    """Make TrainingBatches that are closed when the test ends."""
+    opened = []
+
+    def make(lab, config, *, selection=None, labeling=None, stream=11, max_bad_samples=0):
+        batches = TrainingBatches(
+            lab.store,
+            config,
+            labeled=lab.labeled.digest,
+            class_names=lab.class_names,
+            selection=selection,
+            labeling=labeling,
+            stage_stream=stream,
+            device=torch.device("cpu"),
+            max_bad_samples=max_bad_samples,
+        )
+        opened.append(batches)
+        return batches
+
+    yield make
+    for batches in opened:
+        batches.close()
+
+
+def view_of(image, size=8):
+    return clean_view(decode_image(image, where="test"), size, 0, "bilinear")
+
+
+def fingerprint_of(image):
+    """What a noiseless image of a batch, (3, S, S) in [0, 1], is recognised by."""
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy().tobytes()
+
+
+def tensors_of(batch):
+    tensors = (batch.images, batch.labels, batch.pseudo_targets, batch.pseudo_weights)
+    return [t for t in tensors if t is not None]
+
+
+def assert_same(first, second):
+    assert len(tensors_of(first)) == len(tensors_of(second))
+    for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
+        assert torch.equal(a, b)
+
+
+def student_config(lab, **changes):
+    noise = NoiseConfig(affine=AffineConfig(), dropout=0.2)
+    return lab.config(**{"unlabeled_ratio": 2, "noise": noise} | changes)
+
+
+def test_a_batch_holds_labels_first_and_the_ratio_of_pseudo_labels(pipeline, open_batches):
+    config = student_config(pipeline.lab)
+    batch = open_batches(
+        pipeline.lab, config, selection=pipeline.selection, labeling=pipeline.labels
+    ).batch(0)
+    assert batch.images.shape == (6 + 12, 3, 8, 8)
+    assert batch.images.dtype == torch.float32
+    assert 0 <= float(batch.images.min()) < float(batch.images.max()) <= 1
+    assert batch.labels.shape == (6,)
+    assert batch.pseudo_targets is not None
+    assert batch.pseudo_weights is not None
+    assert batch.pseudo_targets.shape == (12, 3)
+    torch.testing.assert_close(batch.pseudo_targets.sum(dim=1), torch.ones(12))
+    assert batch.pseudo_weights.tolist() == [1.0] * 12
+    assert not batch.pseudo_is_hard
+
+
+def test_batches_are_the_same_for_every_instance_and_order_of_steps(pipeline, open_batches):
+    given = {"selection": pipeline.selection, "labeling": pipeline.labels}
+    config = student_config(pipeline.lab)
+    first = open_batches(pipeline.lab, config, **given)
+    second = open_batches(pipeline.lab, config, **given)
+    forward = [first.batch(step) for step in range(8)]
+    for step in (7, 3, 0, 3, 5):
+        assert_same(second.batch(step), forward[step])
+    # A resumed process begins in the middle.
+    resumed = open_batches(pipeline.lab, config, **given)
+    assert_same(resumed.batch(6), forward[6])
+
+
+def test_streamed_batches_equal_cached_ones(pipeline, open_batches, monkeypatch):
+    given = {"selection": pipeline.selection, "labeling": pipeline.labels}
+    config = student_config(pipeline.lab)
+    cached = open_batches(pipeline.lab, config, **given)
+    expected = [cached.batch(step) for step in range(12)]
+    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tasks.batches, "OPEN_SHARDS", 1)  # at most two shards stay open
+    streamed = open_batches(pipeline.lab, config, **given)
+    for step in [*range(12), 2, 9]:
+        assert_same(streamed.batch(step), expected[step])
+    assert streamed._pseudo is not None
+    assert not streamed._pseudo.is_cached
+    assert len(streamed._pseudo._opened) <= 2
+
+
+def test_the_files_of_open_shards_count_as_memory(lab, open_batches, monkeypatch):
+    # 24 views of 8 x 8 x 3 are 4,608 bytes; the three shards are tars of 20 KiB each.
+    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", 10_000)
+    assert not open_batches(lab, lab.config())._labeled.is_cached
+    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", lab.labeled.num_bytes + 4608)
+    assert open_batches(lab, lab.config())._labeled.is_cached
+
+
+def test_random_crops_are_the_same_for_every_instance_and_move_with_the_epoch(lab, open_batches):
+    noise = NoiseConfig(crop=RandomResizedConfig(scale=(0.2, 0.6)), horizontal_flip=False)
+    config = lab.config(noise=noise, batch_size=24)  # a step is an epoch
+    first, second = open_batches(lab, config), open_batches(lab, config)
+    assert_same(first.batch(3), second.batch(3))
+    epochs = [{fingerprint_of(image) for image in first.batch(step).images} for step in range(2)]
+    assert len(epochs[0]) == 24
+    assert len(epochs[0] & epochs[1]) < 6
+
+
+def test_another_stage_sees_another_order_and_other_noise(lab, open_batches):
+    config = lab.config(noise=CLEAN, batch_size=24)
+    a, b = (open_batches(lab, config, stream=s).batch(0) for s in (1, 2))
+    prints = [[fingerprint_of(image) for image in batch.images] for batch in (a, b)]
+    assert sorted(prints[0]) == sorted(prints[1])
+    assert prints[0] != prints[1]
+    noisy = lab.config(batch_size=24)
+    a, b = (open_batches(lab, noisy, stream=s).batch(0) for s in (1, 2))
+    assert not {i.numpy().tobytes() for i in a.images} & {i.numpy().tobytes() for i in b.images}
+
+
+def test_noise_changes_with_the_epoch_and_images_do_not(lab, open_batches):
+    def epochs(noise):
+        batches = open_batches(lab, lab.config(noise=noise, batch_size=24))
+        return [{i.numpy().tobytes() for i in batches.batch(s).images} for s in range(2)]
+
+    clean = epochs(CLEAN)
+    assert clean[0] == clean[1]
+    assert len(clean[0]) == 24
+    noisy = epochs(NoiseConfig(horizontal_flip=False, affine=AffineConfig()))
+    assert not noisy[0] & noisy[1]
+
+
+def test_every_labelled_image_bears_its_own_label(lab, open_batches):
+    truth = {view_of(image).tobytes(): label for _, image, label in lab.images_of("l", 24, start=0)}
+    batches = open_batches(lab, lab.config(noise=CLEAN))
+    seen = {}
+    for step in range(4):  # 4 steps of 6 are one epoch of 24
+        batch = batches.batch(step)
+        for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+            seen[fingerprint_of(image)] = label
+    assert seen == truth
+
+
+def test_labels_are_put_into_the_class_order_of_the_run(lab, open_batches, tmp_path):
+    samples = lab.images_of("x", 9, start=50)
+    folder = lab.write_split(tmp_path / "x", {"x-0": samples}, ["blue", "red", "green"])
+    other = lab.with_corpora(labeled=lab.index_into(lab.store, folder))
+    batch = open_batches(other, other.config(noise=CLEAN, batch_size=9)).batch(0)
+    # .cls 0 is blue there, and class 2 of the run (red, green, blue); 1 is 0 and 2 is 1.
+    truth = {view_of(image).tobytes(): [2, 0, 1][label] for _, image, label in samples}
+    found = {fingerprint_of(i): n for i, n in zip(batch.images, batch.labels.tolist(), strict=True)}
+    assert found == truth
+
+
+def select_by_hand(lab, rows, config=KEEP_ALL):
+    labels = lab.plant_labeling(lab.store, lab.unlabeled, rows)
+    return {
+        "labeling": labels,
+        "selection": lab.run_selection(
+            lab.store, labels, None, config, class_names=lab.class_names
+        ),
+    }
+
+
+def with_unlabeled(lab, folder, shards):
+    lab.write_split(folder, shards)
+    return lab.with_corpora(unlabeled=lab.index_into(lab.store, folder))
+
+
+def pseudo_labels_seen(batches, steps):
+    """Recognised image -> (target, ...) over some noiseless batches."""
+    seen = {}
+    for step in range(steps):
+        batch = batches.batch(step)
+        assert batch.pseudo_targets is not None
+        images = batch.images[len(batch.labels) :]
+        for image, target in zip(images, batch.pseudo_targets, strict=True):
+            assert seen.setdefault(fingerprint_of(image), target.tolist()) == target.tolist()
+    return seen
+
+
+def test_deleting_a_sample_shifts_no_label_of_the_others(lab, open_batches, tmp_path):
+    # Sample i of 9 gets class i % 3 with a confidence that is its own.
+    samples = lab.images_of("u", 9, start=70, labeled=False)
+    rows = [(key, i % 3, 0.5 + i / 20) for i, (key, _, _) in enumerate(samples)]
+    config = student_config(lab, noise=CLEAN, unlabeled_ratio=3)
+
+    def targets(kept, folder):
+        chosen = with_unlabeled(lab, tmp_path / folder, {"u-0": [samples[i] for i in kept]})
+        given = select_by_hand(chosen, {"u-0": [rows[i] for i in kept]})
+        return pseudo_labels_seen(open_batches(chosen, config, **given), steps=2)
+
+    whole = targets(range(9), "whole")
+    cut = targets([0, 1, 2, 4, 5, 6, 7, 8], "cut")
+    assert len(whole) == 9
+    deleted = view_of(samples[3][1]).tobytes()
+    assert cut == {image: target for image, target in whole.items() if image != deleted}
+
+
+def test_a_sample_that_could_not_be_labelled_shifts_no_label_of_the_others(
+    lab, open_batches, tmp_path
+):
+    samples = list(lab.images_of("u", 9, start=70, labeled=False))
+    samples[3] = (samples[3][0], BAD, None)
+    chosen = with_unlabeled(lab, tmp_path / "bad", {"u-0": samples})
+    # The labelling has 8 rows for the shard's 9 samples.
+    rows = [(key, i % 3, 0.9) for i, (key, _, _) in enumerate(samples) if i != 3]
+    given = select_by_hand(chosen, {"u-0": rows})
+    config = student_config(lab, noise=CLEAN, unlabeled_ratio=3)
+    seen = pseudo_labels_seen(open_batches(chosen, config, **given), steps=2)
+    expected = {view_of(s[1]).tobytes(): i % 3 for i, s in enumerate(samples) if i != 3}
+    assert {image: int(np.argmax(target)) for image, target in seen.items()} == expected
+
+
+def test_rejected_samples_are_never_read(lab, open_batches, tmp_path):
+    samples = lab.images_of("u", 9, start=70, labeled=False)
+    chosen = with_unlabeled(
+        lab, tmp_path / "some", {"u-0": samples[:4], "u-1": samples[4:7], "u-2": samples[7:]}
+    )
+    kept = {0, 2, 7, 8}  # u-1 has nothing to give
+    rows = [(key, i % 3, 0.9 if i in kept else 0.4) for i, (key, _, _) in enumerate(samples)]
+    config = KEEP_ALL.model_copy(update={"threshold": FixedThresholdConfig(confidence=0.5)})
+    given = select_by_hand(
+        chosen, {"u-0": rows[:4], "u-1": rows[4:7], "u-2": rows[7:]}, config=config
+    )
+    batches = open_batches(chosen, student_config(lab, noise=CLEAN), **given)
+    seen = pseudo_labels_seen(batches, steps=3)
+    assert set(seen) == {view_of(samples[i][1]).tobytes() for i in kept}
+
+
+def copies_of_two_images(lab, tmp_path):
+    """Four copies of one image of class 0 and four of one of class 1."""
+    samples = lab.images_of("u", 2, start=70, labeled=False)
+    chosen = with_unlabeled(lab, tmp_path / "copies", {"u-0": samples})
+    config = KEEP_ALL.model_copy(update={"balance": TopKConfig(k=4), "target": "hard"})
+    rows = [(key, i, 0.9) for i, (key, _, _) in enumerate(samples)]
+    return chosen, samples, select_by_hand(chosen, {"u-0": rows}, config)
+
+
+def test_an_epoch_has_every_copy_once(lab, open_batches, tmp_path):
+    chosen, samples, given = copies_of_two_images(lab, tmp_path)
+    config = student_config(lab, noise=CLEAN, batch_size=4, unlabeled_ratio=2)
+    batch = open_batches(chosen, config, **given).batch(0)  # 8 items are one epoch
+    seen = Counter(fingerprint_of(image) for image in batch.images[4:])
+    assert seen == {view_of(image).tobytes(): 4 for _, image, _ in samples}
+    assert batch.pseudo_is_hard
+    assert batch.pseudo_targets is not None
+    assert sorted(batch.pseudo_targets.tolist()) == [[0, 1, 0]] * 4 + [[1, 0, 0]] * 4
+
+
+def test_copies_of_an_image_get_noise_of_their_own(lab, open_batches, tmp_path):
+    chosen, _, given = copies_of_two_images(lab, tmp_path)
+    noise = NoiseConfig(horizontal_flip=False, affine=AffineConfig())
+    config = student_config(lab, noise=noise, batch_size=4, unlabeled_ratio=2)
+    batches = open_batches(chosen, config, **given)
+    images = [image.numpy().tobytes() for s in range(2) for image in batches.batch(s).images[4:]]
+    assert len(set(images)) == 16  # 2 images, 4 copies, 2 epochs
+
+
+def bad_labeled(lab, tmp_path, bad):
+    samples = list(lab.images_of("l", 6, start=0))
+    for i in bad:
+        samples[i] = (samples[i][0], BAD, samples[i][2])
+    folder = lab.write_split(tmp_path / "bad", {"bad-0": samples})
+    corpus = lab.index_into(lab.store, folder)
+    return lab.with_corpora(labeled=corpus), samples
+
+
+def test_an_undecodable_labelled_image_is_replaced_with_its_label(lab, open_batches, tmp_path):
+    broken, samples = bad_labeled(lab, tmp_path, bad=[2])
+    config = broken.config(noise=CLEAN, batch_size=6)
+    batches = open_batches(broken, config, max_bad_samples=1)
+    batch = batches.batch(0)
+    assert list(batches.bad_samples()) == ["bad-0/l002"]
+    found = Counter(
+        (fingerprint_of(i), n) for i, n in zip(batch.images, batch.labels.tolist(), strict=True)
+    )
+    # Image 2 is not there; the next one, 3, comes twice and brings its label.
+    expected = Counter(
+        {(view_of(s[1]).tobytes(), i % 3): 1 for i, s in enumerate(samples) if i != 2}
+    )
+    expected[view_of(samples[3][1]).tobytes(), 0] += 1
+    assert found == expected
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_too_many_undecodable_images_name_shard_and_key(
+    lab, open_batches, tmp_path, monkeypatch, cache_bytes
+):
+    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", cache_bytes)
+    broken, _ = bad_labeled(lab, tmp_path, bad=[2, 4])
+    batches = open_batches(broken, broken.config(batch_size=6), max_bad_samples=1)
+    with pytest.raises(TooManyBadSamples) as caught:
+        batches.batch(0)
+    assert re.search(r"shard bad-0: 2 undecodable images .*bad-0/l00[24]: ", str(caught.value))
+
+
+def test_a_labelled_shard_with_an_unlabelled_sample_names_it(lab, open_batches, tmp_path):
+    samples = list(lab.images_of("l", 6, start=0))
+    samples[4] = (*samples[4][:2], None)
+    folder = lab.write_split(tmp_path / "unlabelled", {"some-0": samples})
+    broken = lab.with_corpora(labeled=lab.index_into(lab.store, folder))
+    with pytest.raises(ValueError, match=r"some-0/l004: no \.cls member"):
+        open_batches(broken, broken.config(batch_size=6)).batch(0)
+
+
+def selected(**changes):
+    settings = {
+        "reason": np.array([Reason.KEPT, Reason.OVER_QUOTA, Reason.KEPT]),
+        "copies": np.array([1, 0, 2]),
+        "weight": np.ones(3),
+        "label": np.array([2, 0, 1]),
+    }
+    return Selection.of(("a", "b", "c"), **settings | changes)
+
+
+def test_hard_targets_are_one_hot():
+    probs = target_probabilities(selected(), np.array([0, 2, 2]), 3)
+    assert probs.tolist() == [[0, 0, 1], [0, 1, 0], [0, 1, 0]]
+    assert probs.dtype == np.float32
+
+
+def test_soft_targets_are_the_stored_distribution_summing_to_one():
+    truth = np.array([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
+    probs = target_probabilities(selected(log_probs=np.log(truth)), np.array([2, 0]), 3)
+    np.testing.assert_allclose(probs, truth[[2, 0]], rtol=2e-3)
+    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-6)
+
+
+def test_the_rest_mass_of_sparse_targets_is_spread_evenly():
+    sparse = Selection(
+        keys=("a",),
+        kept=np.array([True]),
+        reason=np.zeros(1, np.int8),
+        copies=np.ones(1, np.uint16),
+        weight=np.ones(1, np.float32),
+        label=np.array([3], np.uint32),
+        target_offsets=np.array([0, 2], np.int64),
+        target_ids=np.array([3, 0], np.uint32),
+        target_log_probs=np.log(np.array([0.5, 0.25])).astype(np.float16),
+        rest_mass=np.array([0.25], np.float32),
+    )
+    # 0.25 over the three classes 1, 2 and 4.
+    expected = [[0.25, 0.25 / 3, 0.25 / 3, 0.5, 0.25 / 3]]
+    np.testing.assert_allclose(target_probabilities(sparse, np.array([0]), 5), expected, rtol=1e-3)
