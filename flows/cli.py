@@ -282,7 +282,10 @@ def ui(
 @app.command()
 @reporting_errors
 def recipes() -> None:
-    """List the recipes that ship with selftrain; `selftrain config NAME` prints one."""
+    """List the recipes that ship with selftrain; `selftrain config NAME` prints one.
+
+    Example: `selftrain recipes`
+    """
     from flows.loading import RECIPES_FOLDER, recipe_names
 
     for name in recipe_names():

@@ -10,7 +10,19 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 _BISECTIONS = 60  # the bracket of 1/T, 20 wide, ends below 2e-17: float64 can do no better
 
 
-def fit_temperature(log_probs: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+def platt_smoothing(num_samples: int) -> float:
+    """How much of a label's probability a split of this size cannot vouch for: 1 / (N + 2).
+
+    Without it, a dev split without errors asks for infinite confidence.
+
+    Source: Platt 1999, "Probabilistic outputs for support vector machines", section 2.2.
+    """
+    return 1 / (num_samples + 2)
+
+
+def fit_temperature(
+    log_probs: NDArray[np.floating], labels: NDArray[np.integer], *, smoothing: float = 0.0
+) -> float:
     """The temperature that minimises the negative log-likelihood of a labelled dev split.
 
     The likelihood is convex in 1/T, so bisection of its derivative finds the one minimum; the
@@ -22,6 +34,7 @@ def fit_temperature(log_probs: NDArray[np.floating], labels: NDArray[np.integer]
     Args:
         log_probs: (N, C), finite; log-probabilities or logits.
         labels: (N,) class ids in [0, C).
+        smoothing: share of each label that is spread evenly over the other classes, in [0, 1).
     Raises: ValueError for no samples, other shapes, or values that are not finite.
     Source: Guo et al. 2017, section 4.2.
     """
@@ -40,10 +53,12 @@ def fit_temperature(log_probs: NDArray[np.floating], labels: NDArray[np.integer]
             f"[0, {values.shape[1]})"
         )
     of_label = values[np.arange(len(values)), targets]  # (N, C) -> (N,)
+    of_others = (values.sum(axis=1) - of_label) / (values.shape[1] - 1)
+    of_target = (1 - smoothing) * of_label + smoothing * of_others
 
     def slope(inverse: float) -> float:
         scaled = apply_temperature(values, 1 / inverse)
-        return float((np.vecdot(np.exp(scaled), values) - of_label).mean())
+        return float((np.vecdot(np.exp(scaled), values) - of_target).mean())
 
     low, high = 1 / TEMPERATURE_RANGE[1], 1 / TEMPERATURE_RANGE[0]
     if slope(low) >= 0:

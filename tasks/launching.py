@@ -71,12 +71,12 @@ def launch_worker(
             finally:
                 stop_process_group(process, grace_seconds=_STOP_GRACE_SECONDS)
         output = log_path.read_text(errors="replace").strip()
+    last = output.splitlines()[-1] if output else "no output"
     if process.returncode == STOPPED:
-        raise TrainingStopped(output.splitlines()[-1] if output else "training was stopped")
+        raise TrainingStopped(last)
     if process.returncode == REFUSED:
-        raise TrainingRefused(output.splitlines()[-1])
+        raise TrainingRefused(last)
     if process.returncode != 0:
-        last = output.splitlines()[-1] if output else "no output"
         raise TrainingFailed(
             f"training {fingerprint[:12]} failed (exit code {process.returncode}): {last}\n"
             f"--- end of the worker's output ---\n{output[-4000:]}"

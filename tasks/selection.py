@@ -24,7 +24,7 @@ from models.balancing import (
     boundary_candidates,
     confidence_histogram,
 )
-from models.calibration import apply_temperature, fit_temperature
+from models.calibration import apply_temperature, fit_temperature, platt_smoothing
 from models.evaluation.calibration_error import expected_calibration_error
 from models.randomness import Block, derive_seed, uniforms
 from models.thresholds import FixedThresholdConfig, ThresholdConfig, reaches_threshold
@@ -127,7 +127,7 @@ def calibrate(
     if validation is not None:
         dev = read_evaluation_predictions(store, validation)
         log_probs, truth = dev.log_probs.astype(np.float64), dev.true_label.astype(np.int64)
-        temperature = fit_temperature(log_probs, truth)
+        temperature = fit_temperature(log_probs, truth, smoothing=platt_smoothing(len(truth)))
         facts = {
             "temperature": temperature,
             "ece_before": _calibration_error(log_probs, truth),

@@ -32,11 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    store = open_store(options.store)
-    order = read_order(store, options.fingerprint)
-    folder = order.specification.folder
-    if read_manifest(store, folder, expect_fingerprint=options.fingerprint) is not None:
-        return 0
     is_stopping = False
 
     def stop(signum: int, frame: object) -> None:
@@ -44,13 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         is_stopping = True
 
     signal.signal(signal.SIGTERM, stop)
-    progress = _ProgressFile(options.progress)
     try:
+        store = open_store(options.store)
+        order = read_order(store, options.fingerprint)
+        folder = order.specification.folder
+        if read_manifest(store, folder, expect_fingerprint=options.fingerprint) is not None:
+            return 0
         run_training(
             store,
             order,
             device=resolve_device(options.device),
-            on_report=progress.write,
+            on_report=_ProgressFile(options.progress).write,
             should_stop=lambda: is_stopping,
         )
     except TrainingStopped as stopped:

@@ -462,11 +462,13 @@ def test_evaluation_as_a_flow_of_its_own_is_the_stage_of_the_run(finished: Finis
     state = evaluate_model(finished.store.url, model, pins["test"], return_state=True)
 
     assert state.name == "Reused"
-    assert state.result()["fingerprint"] == finished.fingerprint("test", 2)
-    fresh = evaluate_model(
+    found: Any = state.result()
+    assert found["fingerprint"] == finished.fingerprint("test", 2)
+    state = evaluate_model(
         finished.store.url, model, pins["labeled"], kind="validate", return_state=True
     )
-    report = read_result(finished.store, "validate", fresh.result()["fingerprint"])
+    fresh: Any = state.result()
+    report = read_result(finished.store, "validate", fresh["fingerprint"])
     assert report is not None
     assert report.counts["samples"] == 24
 

@@ -93,7 +93,9 @@ def test_a_split_of_other_classes_is_refused(lab, tmp_path):
         tmp_path / "dev", {"d-0": lab.images_of("d", 6, start=50)}, ["red", "green", "violet"]
     )
     other = lab.with_corpora(dev=lab.index_into(lab.store, folder))
-    with pytest.raises(ClassesMismatch, match="only in the corpus: violet; only in the model: blue"):
+    with pytest.raises(
+        ClassesMismatch, match="only in the corpus: violet; only in the model: blue"
+    ):
         other.evaluate("validate", teacher.fingerprint)
 
 
@@ -178,7 +180,10 @@ def compare(store, teacher, student):
 def test_a_student_is_promoted_unless_it_is_worse_beyond_the_interval(
     lab, teacher_right, student_right, is_promoted
 ):
-    teacher, student = planted(lab.store, "a", teacher_right), planted(lab.store, "b", student_right)
+    teacher, student = (
+        planted(lab.store, "a", teacher_right),
+        planted(lab.store, "b", student_right),
+    )
     manifest = compare(lab.store, teacher, student)
     report = read_report(lab.store, manifest)
     assert report["is_promoted"] is is_promoted

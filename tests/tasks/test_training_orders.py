@@ -92,9 +92,7 @@ def test_what_changes_the_weights_changes_the_fingerprint(lab, changes):
 
 def test_when_checkpoints_are_written_does_not_change_the_fingerprint(lab):
     config = lab.config(checkpoint_every_steps=3, checkpoint_every_seconds=5.0)
-    assert (
-        lab.order(config).specification.fingerprint == lab.order().specification.fingerprint
-    )
+    assert lab.order(config).specification.fingerprint == lab.order().specification.fingerprint
     assert (
         lab.order(max_bad_samples=9).specification.fingerprint
         == lab.order().specification.fingerprint
@@ -176,7 +174,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("duration", DURATIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("ratio", [1, 3, 14])
+@pytest.mark.parametrize("ratio", [1, 14])
 def test_the_baseline_keeps_steps_and_learning_rates(lab, duration, schedule, optimizer, ratio):
     length, warmup = DURATIONS[duration]
     student = lab.config(

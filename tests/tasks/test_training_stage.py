@@ -83,9 +83,7 @@ def test_a_teacher_that_is_interrupted_ends_in_the_same_bytes(lab, tmp_path):
     assert shas(resumed) == shas(whole)
     assert resumed.sha256 == whole.sha256
     # Attempts began at 0, 3 and 8, and a report comes every step.
-    assert stopped_at == [
-        f"stopped at step {step} of 20, checkpoint written" for step in (3, 8, 9)
-    ]
+    assert stopped_at == [f"stopped at step {step} of 20, checkpoint written" for step in (3, 8, 9)]
 
 
 @pytest.mark.parametrize("mode", ["cached", "streamed", "random_crops"])

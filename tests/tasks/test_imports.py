@@ -1,0 +1,143 @@
+"""Who may import whom: the table of the design, read off the syntax tree, and what is loaded."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = ("flows", "tasks", "models", "storage")
+
+ALLOWED = {
+    "flows": {"flows", "tasks", "models", "storage", "prefect", "pydantic", "typer", "rich", "yaml"},
+    "tasks": {
+        *("tasks", "models", "storage", "prefect", "torch", "torchvision", "numpy", "pyarrow"),
+        *("webdataset", "PIL", "pydantic"),
+    },
+    "models": {"models", "torch", "torchvision", "numpy", "safetensors", "pydantic"},
+    "storage": {"storage", "fsspec", "s3fs", "pyarrow", "numpy", "pydantic"},
+}
+
+# One line for each exception, with its reason; a new one is a decision.
+EXCEPTIONS = {
+    "tasks/checkpointing.py": {"safetensors"},  # tensors of a checkpoint meet its bytes here
+    "tasks/digits.py": {"sklearn"},  # the demo's images, imported when they are made
+    "tasks/report_charts.py": {"matplotlib"},  # the report alone plots
+    "tasks/report.py": {"jinja2"},  # ... and fills a template
+    "flows/server.py": {"httpx"},  # asks our own Prefect server whether it is up
+}
+
+
+def sources(package):
+    return sorted((REPOSITORY / package).rglob("*.py"))
+
+
+def imported_packages(path):
+    """Top-level names of everything that is not of the standard library, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            assert node.module is not None
+            found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_the_design_allows(package):
+    assert sources(package)
+    for path in sources(package):
+        name = path.relative_to(REPOSITORY).as_posix()
+        extra = imported_packages(path) - ALLOWED[package] - EXCEPTIONS.get(name, set())
+        assert not extra, f"{name} imports {sorted(extra)}"
+
+
+def test_every_exception_is_still_needed():
+    for name, allowed in EXCEPTIONS.items():
+        path = REPOSITORY / name
+        assert path.is_file(), f"{name} is gone: remove its exception"
+        assert allowed <= imported_packages(path), f"{name} no longer imports {sorted(allowed)}"
+
+
+def test_stage_bodies_know_nothing_of_prefect():
+    # The wrappers of the stages and their live progress are the edge.
+    edge = {"stages.py", "live_progress.py"}
+    with_prefect = {p.name for p in sources("tasks") if "prefect" in imported_packages(p)}
+    assert with_prefect <= edge
+
+
+@pytest.mark.parametrize("package", ["flows", "tasks"])
+def test_importing_a_part_imports_nothing_else(package):
+    assert (REPOSITORY / package / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("package", ["flows", "tasks"])
+def test_no_file_shadows_the_standard_library_or_a_package(package):
+    installed = set(importlib.metadata.packages_distributions())
+    taken = set(sys.stdlib_module_names) | installed | set(PACKAGES)
+    names = {path.stem for path in sources(package)} - {"__init__"}
+    assert not names & (taken - {"tests"})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_packages_are_those_of_this_repository(package):
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin) == REPOSITORY / package / "__init__.py"
+
+
+def modules_after(statement):
+    """Top-level names in sys.modules of a fresh interpreter that ran the statement."""
+    script = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return set(result.stdout.split())
+
+
+def test_storage_loads_no_torch():
+    modules = ", ".join(
+        f"storage.{path.stem}" for path in sources("storage") if path.stem != "__init__"
+    )
+    assert "storage.store" in modules
+    assert "storage.corpus" in modules
+    loaded = modules_after(f"import {modules}")
+    assert "storage" in loaded
+    assert not loaded & {"torch", "torchvision", "webdataset", "prefect", "models", "tasks", "flows"}
+
+
+def test_the_worker_loads_no_prefect():
+    loaded = modules_after("import tasks.worker")
+    assert {"torch", "tasks", "models", "storage"} <= loaded
+    assert not loaded & {"prefect", "flows", "sklearn", "matplotlib", "webdataset"}
+
+
+def test_the_launcher_and_the_config_load_no_prefect():
+    assert "prefect" not in modules_after("import tasks.launching, tasks.policies, flows.config")
+
+
+def test_models_load_neither_storage_nor_its_libraries():
+    modules = ", ".join(
+        path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".")
+        for path in sources("models")
+        if path.stem != "__init__"
+    )
+    loaded = modules_after(f"import {modules}")
+    assert not loaded & {"storage", "tasks", "flows", "prefect", "pyarrow", "webdataset"}
+
+
+def test_no_package_is_below_the_tests():
+    # With --import-mode=importlib an __init__.py would make two modules of one file.
+    assert not list((REPOSITORY / "tests").rglob("__init__.py"))
