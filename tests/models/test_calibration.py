@@ -111,10 +111,10 @@ def test_only_positive_temperatures_apply(temperature: float):
 
 def test_platt_smoothing_keeps_the_temperature_of_a_split_without_errors_finite() -> None:
     # Two classes, logits (m, 0), always right: softmax(m / T) must be 1 - 1 / (N + 2) = 0.99 at
-    # N = 98, so m / T = ln 99 and T = 3 / ln 99 = 0.652868.
+    # N = 98, so m / T = ln 99 and T = 3 / ln 99 = 0.652867.
     log_probs = np.tile([3.0, 0.0], (98, 1))
     labels = np.zeros(98, dtype=np.int64)
 
     assert fit_temperature(log_probs, labels) == TEMPERATURE_RANGE[0]
     smoothed = fit_temperature(log_probs, labels, smoothing=platt_smoothing(98))
-    assert smoothed == pytest.approx(0.652868, abs=1e-6)
+    assert smoothed == pytest.approx(0.652867, abs=1e-6)
