@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import click
+import typer
+from typer.exceptions import TyperException
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -25,7 +26,7 @@ def reporting_errors(command: Callable[_P, _T]) -> Callable[_P, _T]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return command(*args, **kwargs)
-        except (click.ClickException, click.exceptions.Exit, SystemExit):
+        except (TyperException, typer.Exit, SystemExit):  # typer's own, with its exit codes
             raise
         except KeyboardInterrupt:
             _say("stopped")

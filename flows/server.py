@@ -97,7 +97,7 @@ def prefect_server(*, port: int | None = None) -> Iterator[PrefectServer]:
                 try:
                     yield PrefectServer(api_url=api_url, is_ours=True)
                 finally:
-                    # What is still queued here would be retried for minutes once the server is gone.
+                    # What is queued here would be retried for minutes once the server is gone.
                     _send_what_is_queued()
         finally:
             stop_process_group(process, grace_seconds=20)

@@ -17,7 +17,7 @@ from models.training import TrainingConfig
 from storage.corpus import Corpus, load_corpus, load_locations, read_samples
 from storage.manifest import Manifest, read_stored
 from storage.samples import RawSample, sample_key
-from storage.selections import Selection, from_parquet
+from storage.selections import from_parquet
 from storage.store import Store
 from tasks.sample_order import OPEN_SHARDS, SampleOrder
 from tasks.shard_items import BadSampleBudget, OpenShard, Pixels, ShardItems, Targets
@@ -304,33 +304,10 @@ def _pseudo_opener(
             copies=np.concatenate([np.arange(n) for n in copies] or [np.zeros(0, np.int64)]),
             key_hashes=hash_keys(keys).view(np.int64),
             targets=Targets(
-                probs=target_probabilities(chosen, rows, num_classes),
+                probs=chosen.dense_targets(num_classes)[rows],
                 weights=chosen.weight[rows],
             ),
             budget=budget_of(shard.stem),
         )
 
     return open_shard
-
-
-def target_probabilities(
-    selection: Selection, rows: NDArray[np.int64], num_classes: int
-) -> NDArray[np.float32]:
-    """Return the targets of some rows as (n, C) float32 whose rows sum to 1.
-
-    Sparse soft targets spread their rest mass evenly over the classes that are not listed; hard
-    ones become one-hot.
-    """
-    probs = np.zeros((len(rows), num_classes), dtype=np.float32)
-    starts, ends = selection.target_offsets[rows], selection.target_offsets[rows + 1]
-    for i, (row, start, end) in enumerate(zip(rows, starts, ends, strict=True)):
-        if start == end:
-            probs[i, selection.label[row]] = 1
-            continue
-        listed = end - start
-        if listed < num_classes:
-            probs[i] = selection.rest_mass[row] / (num_classes - listed)
-        values = selection.target_log_probs[start:end].astype(np.float32)
-        probs[i, selection.target_ids[start:end]] = np.exp(values)
-    # fp16 log-probabilities sum to 1 within 0.2 %.
-    return probs / probs.sum(axis=1, keepdims=True)

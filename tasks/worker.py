@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("store", help="URL of the store")
     parser.add_argument("fingerprint", help="fingerprint of a training specified in the store")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, help="CPU threads; default: OMP_NUM_THREADS, else one a core")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads; default: OMP_NUM_THREADS, else one a core"
+    )
     parser.add_argument("--progress", help="file to append progress to, one JSON object a line")
     return parser
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -272,7 +271,7 @@ def test_predict_names_the_digits(demo: Demo, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     folder.mkdir()
     for number, image in enumerate(read_digits()[:3]):
-        (folder / f"{number}.png").write_bytes(image.read())
+        (folder / f"{number}.png").write_bytes(image.load())
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
 

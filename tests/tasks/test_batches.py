@@ -11,8 +11,7 @@ import tasks.batches
 from models.balancing import BalanceNoneConfig, TopKConfig
 from models.noise import AffineConfig, NoiseConfig, RandomResizedConfig
 from models.thresholds import FixedThresholdConfig
-from storage.selections import Reason, Selection
-from tasks.batches import TrainingBatches, target_probabilities
+from tasks.batches import TrainingBatches
 from tasks.images import clean_view, decode_image
 from tasks.selection import SelectionConfig
 from tasks.shard_items import TooManyBadSamples
@@ -335,44 +334,3 @@ def test_a_labelled_shard_with_an_unlabelled_sample_names_it(lab, open_batches, 
     broken = lab.with_corpora(labeled=lab.index_into(lab.store, folder))
     with pytest.raises(ValueError, match=r"some-0/l004: no \.cls member"):
         open_batches(broken, broken.config(batch_size=6)).batch(0)
-
-
-def selected(**changes):
-    settings = {
-        "reason": np.array([Reason.KEPT, Reason.OVER_QUOTA, Reason.KEPT]),
-        "copies": np.array([1, 0, 2]),
-        "weight": np.ones(3),
-        "label": np.array([2, 0, 1]),
-    }
-    return Selection.of(("a", "b", "c"), **settings | changes)
-
-
-def test_hard_targets_are_one_hot():
-    probs = target_probabilities(selected(), np.array([0, 2, 2]), 3)
-    assert probs.tolist() == [[0, 0, 1], [0, 1, 0], [0, 1, 0]]
-    assert probs.dtype == np.float32
-
-
-def test_soft_targets_are_the_stored_distribution_summing_to_one():
-    truth = np.array([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
-    probs = target_probabilities(selected(log_probs=np.log(truth)), np.array([2, 0]), 3)
-    np.testing.assert_allclose(probs, truth[[2, 0]], rtol=2e-3)
-    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-6)
-
-
-def test_the_rest_mass_of_sparse_targets_is_spread_evenly():
-    sparse = Selection(
-        keys=("a",),
-        kept=np.array([True]),
-        reason=np.zeros(1, np.int8),
-        copies=np.ones(1, np.uint16),
-        weight=np.ones(1, np.float32),
-        label=np.array([3], np.uint32),
-        target_offsets=np.array([0, 2], np.int64),
-        target_ids=np.array([3, 0], np.uint32),
-        target_log_probs=np.log(np.array([0.5, 0.25])).astype(np.float16),
-        rest_mass=np.array([0.25], np.float32),
-    )
-    # 0.25 over the three classes 1, 2 and 4.
-    expected = [[0.25, 0.25 / 3, 0.25 / 3, 0.5, 0.25 / 3]]
-    np.testing.assert_allclose(target_probabilities(sparse, np.array([0]), 5), expected, rtol=1e-3)

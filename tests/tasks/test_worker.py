@@ -56,14 +56,6 @@ def test_the_worker_trains_what_is_ordered_and_says_how_far_it_is(lab, tmp_path)
     assert set(last) == {"step", "total_steps", "loss", "learning_rate"}
 
 
-def test_a_worker_computes_the_same_bytes_as_any_other_launcher(lab, tmp_path):
-    order = lab.order()
-    place_order(lab.store, order)
-    work(lab, order)
-    manifest = order.specification.result(lab.store)
-    assert manifest == lab.in_store(tmp_path / "other").train(order)
-
-
 def test_a_finished_training_is_not_done_again(lab, monkeypatch):
     order = lab.order()
     place_order(lab.store, order)
@@ -158,6 +150,14 @@ def test_a_launched_worker_reports_progress_and_is_stopped_with_a_checkpoint(lab
     assert found.step >= seen[-1]["step"] > 0
     assert seen[-1]["total_steps"] == 10**6
     assert read_manifest(lab.store, order.specification.folder) is None
+
+
+def test_a_launched_worker_computes_the_same_bytes_as_this_process(lab, tmp_path, one_thread):
+    order = lab.order()
+    place_order(lab.store, order)
+    launch(lab, order)
+    manifest = order.specification.result(lab.store)
+    assert manifest == lab.in_store(tmp_path / "other").train(order)
 
 
 def test_a_launched_worker_that_refuses_is_told_from_one_that_fails(lab, monkeypatch, one_thread):

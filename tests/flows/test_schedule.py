@@ -1,0 +1,142 @@
+"""infra/prefect.yaml: what it deploys can be imported, is valid, and runs on a schedule."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+import yaml
+from prefect import Flow
+from prefect.flows import load_flow_from_entrypoint
+
+from flows.config import SelfTrainingConfig
+from flows.loading import parse_config
+from flows.run_status import read_status
+from storage.runs import list_runs
+from storage.store import open_store
+
+ROOT = Path(__file__).parents[2]
+PREFECT_FILE = ROOT / "infra" / "prefect.yaml"
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(PREFECT_FILE.read_text())["deployments"]
+
+
+@pytest.mark.parametrize("entrypoint", [one["entrypoint"] for one in DEPLOYMENTS])
+def test_every_entrypoint_is_a_flow_that_can_be_imported(entrypoint: str) -> None:
+    flow: Any = load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
+
+    assert isinstance(flow, Flow)
+    assert entrypoint == f"{flow.fn.__module__}.{flow.fn.__name__}"
+    assert flow.description, "the UI shows it"
+
+
+def test_deployed_config_is_valid_and_has_no_store_of_its_own() -> None:
+    nightly = DEPLOYMENTS[0]
+
+    config = parse_config(nightly["parameters"]["config"], where="infra/prefect.yaml")
+
+    assert isinstance(config, SelfTrainingConfig)
+    assert config.store is None
+    assert nightly["schedules"][0]["timezone"] == "Europe/Berlin"
+    assert nightly["schedules"][0]["active"] is False, "deploying must not start trainings"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
+    prefect_api: str, tmp_path: Path
+) -> None:
+    _prefect("work-pool", "create", "selftrain", "--type", "process", cwd=ROOT)
+    _prefect("--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all", cwd=ROOT)
+    with httpx.Client(base_url=prefect_api, timeout=30) as api:
+        deployments = {one["entrypoint"]: one for one in _post(api, "/deployments/filter", {})}
+        assert deployments.keys() == {one["entrypoint"] for one in DEPLOYMENTS}
+        for one in deployments.values():
+            assert one["work_pool_name"] == "selftrain"
+            assert not one["pull_steps"]
+            assert str(ROOT) not in str(one), "no path of the deploying machine"
+        nightly = deployments["flows.self_training.self_training"]
+        schedule = nightly["schedules"][0]
+        assert schedule["schedule"]["cron"] == "0 2 * * *"
+        assert schedule["schedule"]["timezone"] == "Europe/Berlin"
+        assert schedule["active"] is False
+
+        due = datetime.now(UTC) + timedelta(seconds=8)
+        daily = {"interval": 24 * 3600, "anchor_date": due.isoformat(), "timezone": "UTC"}
+        _post(
+            api,
+            f"/deployments/{nightly['id']}/schedules",
+            [{"schedule": daily, "active": True}],
+        )
+        flow_run_id = _wait_for_scheduled_run(api, nightly["id"])
+        # Not from the repository: the packages are installed, and that is what a node has.
+        store = tmp_path / "store"
+        log = _prefect(
+            *("worker", "start", "--pool", "selftrain", "--type", "process", "--run-once"),
+            cwd=tmp_path,
+            SELFTRAIN_STORE=str(store),
+        )
+        flow_run = _wait_until_final(api, flow_run_id)
+
+    assert flow_run["state"]["name"] == "Completed", f"{flow_run['state']}\n{log}"
+    assert re.fullmatch(r"nightly-\d{8}t\d{6}z", flow_run["name"])
+    started = datetime.strptime(flow_run["name"], "nightly-%Y%m%dt%H%M%Sz").replace(tzinfo=UTC)
+    assert abs(started - due) < timedelta(seconds=1), "the time it was scheduled for"
+    opened = open_store(str(store))
+    assert list_runs(opened) == [flow_run["name"]]
+    status = read_status(opened, flow_run["name"])
+    assert (status.state, status.store) == ("done", str(store))
+    assert [one.promoted for one in status.rounds] == [None, True]
+
+
+def _wait_for_scheduled_run(api: httpx.Client, deployment_id: str) -> str:
+    """Return the first run that the server's own scheduler has made, with its own tag."""
+    deadline = time.monotonic() + 60
+    wanted = {
+        "deployments": {"id": {"any_": [deployment_id]}},
+        "flow_runs": {"tags": {"all_": ["auto-scheduled"]}},
+        "sort": "EXPECTED_START_TIME_ASC",
+    }
+    while time.monotonic() < deadline:
+        runs = _post(api, "/flow_runs/filter", wanted)
+        if runs:
+            return str(UUID(runs[0]["id"]))
+        time.sleep(0.5)
+    raise AssertionError("the scheduler made no run within a minute")
+
+
+def _wait_until_final(api: httpx.Client, flow_run_id: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while True:
+        flow_run = api.get(f"/flow_runs/{flow_run_id}").raise_for_status().json()
+        if flow_run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return flow_run
+        assert time.monotonic() < deadline, flow_run["state"]
+        time.sleep(0.5)
+
+
+def _post(api: httpx.Client, path: str, body: Any) -> Any:
+    return api.post(path, json=body).raise_for_status().json()
+
+
+def _prefect(*arguments: str, cwd: Path, **environment: str) -> str:
+    """Run Prefect's command line against the server that PREFECT_API_URL names."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    return output
