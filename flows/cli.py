@@ -311,6 +311,8 @@ def config(config: Config, sets: Sets = None) -> None:
 
 def main() -> None:
     """Entry point of the `selftrain` command."""
+    # Read when torch is loaded. See tasks/launching.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.architectures import ArchitectureConfig
 from models.training import TrainingConfig
@@ -188,6 +188,15 @@ class SelfTrainingConfig(_Config):
                 f"{self.rounds}: steps beyond the last round would never be used."
                 " Shorten the ladder or raise rounds"
             )
+        for round_index in range(1, len(self.student.ladder) + 1):
+            step = self.student.for_round(round_index)
+            try:
+                TrainingConfig.model_validate(step.model_dump())
+            except ValidationError as error:
+                rules = [problem["msg"] for problem in error.errors(include_url=False)]
+                raise ValueError(
+                    f"student.ladder, step {round_index}: {'; '.join(rules)}"
+                ) from None
         return self
 
 

@@ -58,14 +58,36 @@ def _read_document(source: str) -> dict[str, Any]:
             f" Recipes: {', '.join(recipe_names())}"
         )
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(
             f"{source}: expected a mapping of config keys, found {type(document).__name__}"
         )
-    return document
+    return _unshared(document)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which besides refuses a key that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in written:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {name!r} is written twice", problem_mark=key.start_mark
+                )
+            written.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _unshared(node: Any) -> Any:
+    """Return a copy in which a YAML alias is an object of its own, so that --set changes one."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
@@ -99,6 +121,8 @@ def _readable(error: ValidationError, document: dict[str, Any], *, where: str) -
         rule = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             rule = f"unknown key; known here: {', '.join(_known_keys(problem['loc'][:-1]))}"
+        elif problem["type"] == "union_tag_not_found":
+            rule = f"needs a kind, one of {', '.join(_known_kinds(problem['loc']))}"
         value = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
         lines.append(f"  {key or '(whole config)'}{value}: {rule}")
     return "\n".join(lines)
@@ -113,7 +137,7 @@ def _as_written(location: tuple[int | str, ...], document: Any) -> list[int | st
         is_index = isinstance(node, list) and isinstance(part, int)
         if is_key or is_index:
             node = cast("Any", node)[part]
-        elif position < len(location) - 1:
+        elif position < len(location) - 1 or not isinstance(node, dict | list):
             continue
         written.append(part)
     return written
@@ -121,6 +145,17 @@ def _as_written(location: tuple[int | str, ...], document: Any) -> list[int | st
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Return the legal keys of the config section at a pydantic error location."""
+    sections = _sections_at(location)
+    return sorted({field.alias or n for s in sections for n, field in s.model_fields.items()})
+
+
+def _known_kinds(location: tuple[int | str, ...]) -> list[str]:
+    """Return the kinds of the union at a pydantic error location, in the order of the code."""
+    return [section.model_fields["kind"].default for section in _sections_at(location)]
+
+
+def _sections_at(location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """Return the models that a config section may be of, at a pydantic error location."""
     candidates: list[type[BaseModel]] = [SelfTrainingConfig]
     for part in location:
         fields = [c.model_fields[part] for c in candidates if part in c.model_fields]
@@ -133,7 +168,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
                 if "kind" in c.model_fields and c.model_fields["kind"].default == part
             ]
             candidates = tagged or candidates
-    return sorted({f.alias or name for c in candidates for name, f in c.model_fields.items()})
+    return candidates
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

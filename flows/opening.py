@@ -6,16 +6,24 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from flows.config import CONFIG_SCHEMA, DigitsData, GivenTeacher, SelfTrainingConfig, ShardsData
+from flows.config import (
+    CONFIG_SCHEMA,
+    DigitsData,
+    GivenTeacher,
+    SelfTrainingConfig,
+    ShardsData,
+    TrainedTeacher,
+)
+from models.training import TrainingConfig
 from storage.addresses import canonical_json, sha256_hex
-from storage.corpus import Corpus, load_corpus, save_corpus
+from storage.corpus import Corpus, EmptyCorpus, load_corpus, save_corpus
 from storage.indexing import ShardIndex, corpus_from_index, index_shards, read_index, write_index
 from storage.manifest import UnknownSchema
 from storage.objects import join_url
 from storage.patterns import expand_shards
 from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
-from tasks.classifiers import class_order, model_manifest, read_description
+from tasks.classifiers import ClassesMismatch, class_order, model_manifest, read_description
 from tasks.digits import prepare_digits
 from tasks.progress import Progress, report
 
@@ -104,13 +112,22 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
             ' have no names. Write {"schema": 1, "class_names": [...]} there'
         )
     _check_labels(labeled, "data.labeled", every_class=True)
+    _check_lengths(config, labeled.num_samples)
     dev = _corpus(store, data, "dev", data.dev)
     test = None if data.test is None else _corpus(store, data, "test", data.test)
     for name, split in (("dev", dev), ("test", test)):
         if split is None:
             continue
         _check_labels(split, f"data.{name}", every_class=False)
-        class_order(labeled.class_names, split.class_names or (), model="data.labeled")
+        if split.class_names is None:
+            raise ValueError(
+                f"data.{name}: no classes.json beside the shards, so class numbers have no names."
+                " Copy that of the labelled shards if the numbers mean the same"
+            )
+        try:
+            class_order(labeled.class_names, split.class_names, model="data.labeled")
+        except ClassesMismatch as error:
+            raise ClassesMismatch(f"data.{name}: {error}") from None
     unlabeled = _corpus(store, data, "unlabeled", data.unlabeled)
     _check_disjoint({"labeled": labeled, "dev": dev, "test": test, "unlabeled": unlabeled})
     return Pins(
@@ -166,7 +183,10 @@ def _corpus(store: Store, data: ShardsData, split: str, pattern: str) -> Corpus:
             )
     else:
         index = _fresh_index(store, split, located)
-    corpus, locations = corpus_from_index(index)
+    try:
+        corpus, locations = corpus_from_index(index)
+    except EmptyCorpus as error:
+        raise EmptyCorpus(f"data.{split} = {pattern!r}: {error}") from None
     save_corpus(store, corpus, locations)
     return corpus
 
@@ -203,6 +223,25 @@ def _check_labels(corpus: Corpus, key: str, *, every_class: bool) -> None:
                 f"{key}: {len(missing)} of {len(names)} classes have no label: "
                 f"{', '.join(missing[:10])}. A teacher cannot learn them: label some images, or"
                 " take the classes out of classes.json"
+            )
+
+
+def _check_lengths(config: SelfTrainingConfig, num_labeled: int) -> None:
+    """Refuse a warm-up as long as its training now, and not after hours of other stages."""
+    trainings: dict[str, TrainingConfig] = {"student": config.student}
+    if isinstance(config.teacher, TrainedTeacher):
+        trainings["teacher"] = config.teacher
+    for name, training in trainings.items():
+        if training.warmup is None:
+            continue
+        steps, warmup = (
+            length.to_steps(training.batch_size, num_labeled)
+            for length in (training.duration, training.warmup)
+        )
+        if warmup >= steps:
+            raise ValueError(
+                f"{name}.warmup is {warmup} steps with the {num_labeled} images of data.labeled,"
+                f" {name}.duration {steps}: shorten the warm-up or lengthen the training"
             )
 
 

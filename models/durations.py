@@ -46,6 +46,18 @@ class Duration(BaseModel):
             )
         return self
 
+    def __str__(self) -> str:
+        given = {name: value for name, value in self if value is not None}
+        return ", ".join(f"{name}: {value}" for name, value in given.items())
+
+    def certainly_reaches(self, other: "Duration") -> bool:
+        """Return whether this is at least as long as another of the same unit.
+
+        Of different units that depends on the data, and False is returned.
+        """
+        pairs = [(value, getattr(other, name)) for name, value in self if value is not None]
+        return all(there is not None and value >= there for value, there in pairs)
+
     def exact_steps(self, *, batch_size: int, num_labeled: int) -> Fraction:
         """The length in steps before rounding.
 

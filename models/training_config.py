@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.architectures import ArchitectureConfig, Interpolation, Normalization
 from models.durations import Duration
-from models.noise import NoiseConfig
+from models.noise import NoiseConfig, PadShiftConfig
 from models.objectives import ObjectiveConfig
 from models.optimization import EmaConfig, OptimizerConfig, ScheduleConfig
 from models.optimization.optimizers import AdamWConfig, SGDConfig
@@ -84,5 +84,15 @@ class TrainingConfig(BaseModel):
         if self.batch_size * (1 + self.unlabeled_ratio) < 2:
             raise ValueError(
                 "batch_size * (1 + unlabeled_ratio) is 1: BatchNorm needs at least 2 images a step"
+            )
+        crop = self.noise.crop
+        if isinstance(crop, PadShiftConfig) and crop.pixels >= self.image_size:
+            raise ValueError(
+                f"noise.crop.pixels={crop.pixels} must be below image_size={self.image_size}"
+            )
+        if self.warmup is not None and self.warmup.certainly_reaches(self.duration):
+            raise ValueError(
+                f"warmup ({self.warmup}) must be shorter than duration ({self.duration}): shorten"
+                " warmup or lengthen duration"
             )
         return self

@@ -1,8 +1,9 @@
 """Label a corpus: one Parquet of predictions per shard, addressed by labeler and shard content."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ LABELER_VERSION = 1
 
 _IMAGE_BYTES_PER_BATCH = 256 * 2**20
 
+_log = logging.getLogger(__name__)
+
 
 class LabelingStopped(Exception):
     """A labelling was asked to stop; every finished shard is recorded."""
@@ -49,13 +52,13 @@ class LabelingConfig(BaseModel):
     form: Literal["full"] = Field(
         default="full", description="full: the log-probability of every class is stored, as fp16."
     )
-    batch_size: int | Literal["auto"] = Field(
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Images a forward pass; batches never cross shards. auto is chosen once per"
         " labeler by image size and device, written down, and obeyed by every worker and resume.",
         json_schema_extra={"fingerprint": "excluded"},
     )
-    shards_per_task: int | Literal["auto"] = Field(
+    shards_per_task: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Shards of one Prefect task; auto: at most 100 tasks a labelling.",
         json_schema_extra={"fingerprint": "excluded"},
@@ -105,7 +108,16 @@ def resolve_batch_size(
         fits = _IMAGE_BYTES_PER_BATCH // (image_size * image_size * 3 * 50)
         wanted = int(np.clip(fits, 8, 1024 if device.type == "cuda" else 128))
     body = {"schema": 1, "labeler": labeler, "batch_size": wanted}
-    return create_record(store, f"{prediction_folder(labeler)}/resolved.json", body)["batch_size"]
+    there = create_record(store, f"{prediction_folder(labeler)}/resolved.json", body)["batch_size"]
+    if config.batch_size not in ("auto", there):
+        _log.warning(
+            "labeling.batch_size=%d has no effect: labeler %s began with %d, and all its shards are"
+            " labelled alike",
+            config.batch_size,
+            labeler[:12],
+            there,
+        )
+    return there
 
 
 def shards_to_label(store: Store, labeler: str, corpus: Corpus) -> list[Shard]:

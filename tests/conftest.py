@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flows.graph import ModelRef, RunGraph, View
 from models.architectures import SmallCnnConfig
 from models.balancing import (
     finish_plan,
@@ -470,6 +471,43 @@ def pipeline(corpora_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         student=student,
         student_validation=lab.evaluate("validate", student.fingerprint),
     )
+
+
+@pytest.fixture(scope="session")
+def fingerprints_of() -> Callable[[RunGraph], dict[str, str]]:
+    """Return a function: the fingerprint of every stage of a run whose students all are promoted.
+
+    Names are "<round> <stage>", so that a golden file of them reads like the run.
+    """
+
+    def listed(graph: RunGraph) -> dict[str, str]:
+        stages: dict[str, str] = {}
+
+        def evaluated(name: str, model: ModelRef) -> None:
+            stages[f"{name} validate"] = graph.evaluate("validate", model).fingerprint
+            if graph.pins.test is not None:
+                stages[f"{name} test"] = graph.evaluate("test", model).fingerprint
+
+        model = graph.first_model()
+        stages["0 teacher"] = model.fingerprint
+        evaluated("0", model)
+        for i in range(1, graph.config.rounds + 1):
+            stages[f"{i} labeler"] = graph.labeler(model)
+            stages[f"{i} label"] = graph.label(model).fingerprint
+            stages[f"{i} select"] = graph.select(model, i).fingerprint
+            student = graph.student_model(model, i)
+            stages[f"{i} student"] = student.fingerprint
+            evaluated(str(i), student)
+            stages[f"{i} promote"] = graph.promote(model, student).fingerprint
+            model = student
+        if graph.config.baseline:
+            specification, config = graph.baseline(graph.config.rounds)
+            stages["baseline train"] = specification.fingerprint
+            last = ModelRef(specification.fingerprint, View.of(config), graph.config.rounds)
+            evaluated("baseline", last)
+        return stages
+
+    return listed
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
         assert schedule["schedule"]["timezone"] == "Europe/Berlin"
         assert schedule["active"] is False
 
-        due = datetime.now(UTC) + timedelta(seconds=8)
+        due = datetime.now(UTC) + timedelta(seconds=20)  # the scheduler looks every 5 s
         daily = {"interval": 24 * 3600, "anchor_date": due.isoformat(), "timezone": "UTC"}
         _post(
             api,
@@ -75,6 +75,7 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
             [{"schedule": daily, "active": True}],
         )
         flow_run_id = _wait_for_scheduled_run(api, nightly["id"])
+        time.sleep(max(0.0, (due - datetime.now(UTC)).total_seconds()))
         # Not from the repository: the packages are installed, and that is what a node has.
         store = tmp_path / "store"
         log = _prefect(

@@ -162,6 +162,16 @@ def test_noise_changes_with_the_epoch_and_images_do_not(lab, open_batches):
     assert not noisy[0] & noisy[1]
 
 
+def test_noise_follows_the_image_and_not_its_place_in_a_batch(lab, open_batches):
+    def first_epoch(batch_size):
+        batches = open_batches(lab, lab.config(batch_size=batch_size))
+        steps = range(24 // batch_size)
+        return [image.numpy().tobytes() for s in steps for image in batches.batch(s).images]
+
+    assert len(set(first_epoch(24))) == 24
+    assert first_epoch(24) == first_epoch(12) == first_epoch(3)
+
+
 def test_every_labelled_image_bears_its_own_label(lab, open_batches):
     truth = {view_of(image).tobytes(): label for _, image, label in lab.images_of("l", 24, start=0)}
     batches = open_batches(lab, lab.config(noise=CLEAN))

@@ -99,6 +99,17 @@ def test_a_split_of_other_classes_is_refused(lab, tmp_path):
         other.evaluate("validate", teacher.fingerprint)
 
 
+def test_a_split_that_lacks_a_class_is_evaluated_on_the_others(lab, tmp_path):
+    teacher = lab.train()
+    samples = [s for s in lab.images_of("d", 12, start=50) if s[2] != 1]
+    folder = lab.write_split(tmp_path / "dev", {"d-0": samples})
+    other = lab.with_corpora(dev=lab.index_into(lab.store, folder))
+    report = read_report(lab.store, other.evaluate("validate", teacher.fingerprint))
+    assert [one["total"] for one in report["per_class"]] == [4, 0, 4]
+    assert report["per_class"][1]["accuracy"] is None
+    json.dumps(report, allow_nan=False)
+
+
 def test_an_unlabelled_sample_of_a_split_is_named(lab, tmp_path):
     teacher = lab.train()
     samples = lab.images_of("d", 5, start=50)
@@ -199,7 +210,7 @@ def test_a_student_is_promoted_unless_it_is_worse_beyond_the_interval(
 
 
 def test_promotion_joins_on_keys_and_not_on_positions(lab):
-    right = [1, 0, 1, 1, 0, 1]
+    right = [1, 0, 1, 1, 1, 0]
     keys = [f"dev-0/{i}" for i in range(6)]
     teacher = planted(lab.store, "a", right, keys)
     # The same samples right, in another order: no disagreement at all.

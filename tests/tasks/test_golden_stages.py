@@ -102,9 +102,7 @@ def numbers(pipeline, golden, tmp_path_factory) -> tuple[dict[str, Any], dict[st
     specification = specify_promotion(
         teacher=pipeline.validation.fingerprint, student=pipeline.student_validation.fingerprint
     )
-    promotion = promote(
-        lab.store, specification, pipeline.validation, pipeline.student_validation
-    )
+    promotion = promote(lab.store, specification, pipeline.validation, pipeline.student_validation)
     report = read_report(lab.store, promotion)
     current = {
         "train": training_numbers(lab, pipeline.teacher),

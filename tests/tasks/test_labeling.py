@@ -301,7 +301,7 @@ def test_how_the_work_is_cut_does_not_change_the_address():
     assert labeler_fingerprint(config, **BASE) == labeler_fingerprint(LabelingConfig(), **BASE)
 
 
-def test_the_first_batch_size_of_a_labeler_holds_for_all_later_ones(lab):
+def test_the_first_batch_size_of_a_labeler_holds_for_all_later_ones(lab, caplog):
     config = LabelingConfig(batch_size="auto")
     labeler = "c" * 64
 
@@ -310,7 +310,10 @@ def test_the_first_batch_size_of_a_labeler_holds_for_all_later_ones(lab):
 
     # 256 MiB / (224 * 224 * 3 * 50 bytes) = 35.67.
     assert resolve(config, 224) == 35
+    assert resolve(LabelingConfig(batch_size=35), 224) == 35
+    assert caplog.text == ""
     assert resolve(LabelingConfig(batch_size=7), 224) == 35
+    assert "labeling.batch_size=7 has no effect: labeler cccccccccccc began with 35" in caplog.text
     assert resolve_batch_size(lab.store, "d" * 64, config, image_size=8, device=CPU) == 128
     assert resolve_batch_size(lab.store, "e" * 64, config, image_size=1024, device=CPU) == 8
 

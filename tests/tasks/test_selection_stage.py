@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_the_median_quota_leaves_out_classes_without_anything(lab):
 
 def test_max_copies_and_upsample_bound_what_is_duplicated(lab):
     capped = select(lab, config(balance=TopKConfig(k=9, max_copies=2)))
-    # Class 0 has 6 samples for 9, which is 1.5 copies; class 1 has 3 and class 2 has 1, both capped.
+    # Class 0 has 6 samples for 9, so 1.5 copies; class 1 has 3 and class 2 has 1, both capped.
     found = copies(lab, capped)
     assert {key: found[key] for key in ("a/2", "b/3", "c/1", "b/2")} == dict.fromkeys(
         ("a/2", "b/3", "c/1", "b/2"), 2
@@ -401,7 +402,12 @@ def test_a_prediction_that_is_gone_is_an_error_that_names_the_shard(lab):
         select(lab, config(), labels=labels)
 
 
-SPECIFY = {"labeling": "a" * 64, "validation": "b" * 64, "seed": 0, "round_index": 1}
+SPECIFY: dict[str, Any] = {
+    "labeling": "a" * 64,
+    "validation": "b" * 64,
+    "seed": 0,
+    "round_index": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -433,5 +439,5 @@ def test_guards_and_an_unread_dev_split_are_not_in_the_fingerprint():
     plain = selection.specify(config(), **SPECIFY)
     guards = config(allow_collapse=False, max_class_share=0.9)
     assert selection.specify(guards, **SPECIFY).fingerprint == plain.fingerprint
-    other_dev = SPECIFY | {"validation": "c" * 64}
+    other_dev: dict[str, Any] = SPECIFY | {"validation": "c" * 64}
     assert selection.specify(config(), **other_dev).fingerprint == plain.fingerprint

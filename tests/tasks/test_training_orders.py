@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_an_order_of_another_stage_version_is_refused(lab, monkeypatch):
     order = lab.order()
     place_order(lab.store, order)
     monkeypatch.setattr(training_orders, "VERSION", training_orders.VERSION + 1)
-    with pytest.raises(ValueError, match="written by another version of selftrain .*run flow and"):
+    with pytest.raises(ValueError, match=r"by another version of selftrain .*run flow and"):
         read_order(lab.store, order.specification.fingerprint)
 
 
@@ -100,7 +101,7 @@ def test_when_checkpoints_are_written_does_not_change_the_fingerprint(lab):
 
 
 def test_class_order_and_labels_and_selection_are_in_the_fingerprint(lab):
-    given = {
+    given: dict[str, Any] = {
         "seed": 0,
         "round_index": 1,
         "role": "student",
@@ -110,14 +111,15 @@ def test_class_order_and_labels_and_selection_are_in_the_fingerprint(lab):
     }
     config = lab.config(unlabeled_ratio=2)
     first = specify(config, **given).fingerprint
-    for changes in (
+    others: list[dict[str, Any]] = [
         {"class_names": ("b", "a")},
         {"labeled": "3" * 64},
         {"selection": "3" * 64},
         {"seed": 1},
         {"round_index": 2},
         {"role": "baseline"},
-    ):
+    ]
+    for changes in others:
         assert specify(config, **given | changes).fingerprint != first
 
 

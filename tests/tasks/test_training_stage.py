@@ -12,7 +12,7 @@ import tasks.batches
 import tasks.provenance
 from models.durations import Duration
 from models.noise import AffineConfig, CutoutConfig, NoiseConfig, RandomResizedConfig
-from models.optimization import AdamWConfig, SGDConfig
+from models.optimization import AdamWConfig, RMSpropTFConfig, SGDConfig, StaircaseConfig
 from storage.checkpoints import newest_checkpoint
 from storage.manifest import read_manifest, read_provenance
 from tasks.checkpointing import VersionsChanged
@@ -86,7 +86,7 @@ def test_a_teacher_that_is_interrupted_ends_in_the_same_bytes(lab, tmp_path):
     assert stopped_at == [f"stopped at step {step} of 20, checkpoint written" for step in (3, 8, 9)]
 
 
-@pytest.mark.parametrize("mode", ["cached", "streamed", "random_crops"])
+@pytest.mark.parametrize("mode", ["cached", "streamed", "random_crops", "bf16", "rmsprop_tf"])
 def test_a_student_that_is_interrupted_ends_in_the_same_bytes(
     pipeline, with_selection, tmp_path, monkeypatch, mode
 ):
@@ -95,6 +95,15 @@ def test_a_student_that_is_interrupted_ends_in_the_same_bytes(
     if mode == "random_crops":
         crop = RandomResizedConfig(scale=(0.3, 1.0))
         changes["noise"] = NOISE.model_copy(update={"crop": crop})
+    if mode == "bf16":
+        changes["precision"] = "bf16"
+    if mode == "rmsprop_tf":
+        changes |= {
+            "optimizer": RMSpropTFConfig(lr=0.1),
+            "schedule": StaircaseConfig(decay_every=Duration(labeled_epochs=1.1)),
+            "ema": None,
+            "gradient_clip_norm": 1.0,
+        }
     order = student_order(pipeline, lab, **changes)
     if mode == "streamed":
         monkeypatch.setattr(tasks.batches, "CACHE_BYTES", 0)
@@ -262,7 +271,7 @@ def test_a_student_without_its_selection_or_labelling_is_refused(pipeline, with_
     order = student_order(pipeline, lab)
     manifest = Path(lab.store.url) / "labelings" / pipeline.labels.fingerprint / "manifest.json"
     manifest.unlink()
-    with pytest.raises(ValueError, match="labelling .* of the selection is gone"):
+    with pytest.raises(ValueError, match=r"labelling .* of the selection is gone"):
         lab.train(order)
     selection = Path(lab.store.url) / "selections" / pipeline.selection.fingerprint
     (selection / "manifest.json").unlink()

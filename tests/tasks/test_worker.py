@@ -5,19 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import tasks.training
+import tasks.training_orders
 import tasks.worker
 from models.durations import Duration
 from models.optimization import AdamWConfig
 from storage.checkpoints import newest_checkpoint
 from storage.manifest import read_manifest
+from tasks.children import die_with_parent
 from tasks.labeling import LabelingStopped
 from tasks.launching import TrainingFailed, TrainingRefused, launch_worker
 from tasks.policies import worth_retrying
@@ -160,14 +160,6 @@ def test_a_launched_worker_computes_the_same_bytes_as_this_process(lab, tmp_path
     assert manifest == lab.in_store(tmp_path / "other").train(order)
 
 
-def test_a_launched_worker_that_refuses_is_told_from_one_that_fails(lab, monkeypatch, one_thread):
-    with pytest.raises(TrainingRefused, match="no training is ordered at"):
-        launch_worker(lab.store, "0" * 64, device="cpu", on_progress=lambda line: None)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(TrainingFailed, match=r"failed \(exit code 1\): no output"):
-        launch(lab, lab.order())
-
-
 def fake_worker(tmp_path, monkeypatch, script):
     """Let the launcher start a shell script instead of Python."""
     path = tmp_path / "worker"
@@ -191,43 +183,47 @@ def test_the_launcher_reads_exit_codes(lab, tmp_path, monkeypatch):
         launch(lab, lab.order())
 
 
-def test_a_worker_dies_with_the_process_that_launched_it(lab, tmp_path):
-    order = long_order(lab)
-    place_order(lab.store, order)
+def test_a_child_dies_with_the_process_that_started_it():
+    # Killed, so that nothing of the parent can clean up.
     script = (
-        "import sys, threading\n"
-        "from storage.store import open_store\n"
-        "from tasks.launching import launch_worker\n"
-        "launch_worker(open_store(sys.argv[1]), sys.argv[2], device='cpu',"
-        " on_progress=lambda line: print(line['step'], flush=True))\n"
+        "import subprocess, time\n"
+        "from tasks.children import die_with_parent\n"
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=die_with_parent)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
     )
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", script, lab.store.url, order.specification.fingerprint],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    watchdog = threading.Timer(90, launcher.kill)
-    watchdog.start()
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
-        assert launcher.stdout is not None
-        assert launcher.stdout.readline()  # it trains
-        workers = children_of(launcher.pid)
-        assert len(workers) == 1
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert alive(child)
     finally:
-        launcher.kill()
-        launcher.wait()
-        watchdog.cancel()
+        parent.kill()
+        parent.wait()
     deadline = time.monotonic() + 10
-    while alive(workers[0]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(workers[0])
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(child)
 
 
-def children_of(pid):
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+def test_the_worker_is_started_as_such_a_child(lab, tmp_path, monkeypatch):
+    started = []
+
+    class Recording(subprocess.Popen):
+        def __init__(self, command, **options):
+            started.append((command, options))
+            super().__init__(command, **options)
+
+    fake_worker(tmp_path, monkeypatch, "exit 0")
+    monkeypatch.setattr(subprocess, "Popen", Recording)
+    order = lab.order()
+    launch(lab, order)
+    ((command, options),) = started
+    fingerprint = order.specification.fingerprint
+    assert command[1:5] == ["-m", "tasks.worker", lab.store.url, fingerprint]
+    assert options["preexec_fn"] is die_with_parent
+    # A group of its own: a Ctrl-C in the terminal reaches the flow alone, which stops the worker.
+    assert options["start_new_session"] is True
 
 
 def alive(pid):
