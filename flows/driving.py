@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import TerminationSignal
 
@@ -164,8 +165,16 @@ class RunDriver:
         return bool(read_report(self.run.store, manifest)["is_promoted"])
 
     def conclude_round(self) -> None:
-        """Rebuild the run's views: run.json, report.html and the table in the Prefect UI."""
-        status = write_views(self.run)
+        """Rebuild the run's views: run.json, report.html and the table in the Prefect UI.
+
+        A view that cannot be made costs the run nothing: it is logged, and `selftrain report`
+        makes it again.
+        """
+        try:
+            status = write_views(self.run)
+        except Exception:
+            get_run_logger().exception("the report could not be written; the run goes on")
+            status = read_status(self.run.store, self.run.name)
         create_markdown_artifact(
             f"{status_table(status)}\n\nReport: `{status.report_url}`\n\nModel:"
             f" `{status.model_url}`",

@@ -19,8 +19,7 @@ from storage.addresses import canonical_json, sha256_hex
 from storage.corpus import Corpus, EmptyCorpus, load_corpus, save_corpus
 from storage.indexing import ShardIndex, corpus_from_index, index_shards, read_index, write_index
 from storage.manifest import UnknownSchema
-from storage.objects import join_url
-from storage.patterns import expand_shards
+from storage.patterns import below_root, expand_shards
 from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, model_manifest, read_description
@@ -171,9 +170,7 @@ def _as_shards(store: Store, config: SelfTrainingConfig) -> ShardsData:
 
 def _corpus(store: Store, data: ShardsData, split: str, pattern: str) -> Corpus:
     """Index one split; what is unchanged since the last index of this pattern is not read."""
-    located = pattern
-    if data.root and "://" not in pattern and not pattern.startswith("/"):
-        located = join_url(data.root, pattern)
+    located = below_root(pattern, data.root)
     if located.endswith(".json"):
         index = read_index(located)
         if index is None:

@@ -39,6 +39,21 @@ def expand_shards(pattern: str | Sequence[str]) -> list[str]:
     return urls
 
 
+def below_root(pattern: str, root: str) -> str:
+    """Put a folder or URL before every relative entry of a pattern; an empty root changes nothing.
+
+    Entries that are URLs or begin with / or ~ stay as they are.
+    """
+    if not root:
+        return pattern
+    return ",".join(
+        entry
+        if _URL_RULE.match(entry) or entry.startswith(("/", "~"))
+        else objects.join_url(root, entry)
+        for entry in _split(pattern)
+    )
+
+
 def expand_braces(pattern: str) -> Iterator[str]:
     """Yield what a shell, and webdataset, makes of braces; without any, the pattern itself.
 

@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return STOPPED
     except _REFUSALS as refusal:
-        print(refusal, file=sys.stderr)
+        # One line: the launcher takes the last one for the reason.
+        print(" ".join(str(refusal).split()), file=sys.stderr)
         return REFUSED
     return 0
 

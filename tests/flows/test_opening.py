@@ -83,6 +83,19 @@ def test_the_store_is_not_part_of_the_pinned_config(store, data):
     assert "store" not in read_run_config(store, "tiny")["config"]
 
 
+def test_the_root_stands_before_every_relative_entry_of_a_pattern(lab, store, data, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("labeled-2.tar", "classes.json"):
+        shutil.copy(data / "labeled" / name, elsewhere / name)
+    (data / "labeled" / "labeled-2.tar").unlink()
+    changed = config_of(data).data.model_dump() | {
+        "labeled": f"labeled/labeled-0.tar, labeled/labeled-{{1..1}}.tar,{elsewhere}/labeled-2.tar"
+    }
+    run = open_run(store, config_of(data, data=changed))
+    assert run.pins.labeled == lab.labeled.digest
+
+
 def test_another_config_under_the_same_name_names_the_keys(store, data):
     open_run(store, config_of(data))
     with pytest.raises(RunExists) as caught:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,5 +187,5 @@ def _results(store: Path) -> dict[str, bytes]:
     }
 
 
-def _provenances(store: Path) -> list[dict[str, object]]:
+def _provenances(store: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_bytes()) for p in (store / "models").rglob("provenance.json")]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,12 @@ from storage.store import open_store
 
 ROOT = Path(__file__).parents[2]
 PREFECT_FILE = ROOT / "infra" / "prefect.yaml"
+SHORT = [
+    *["rounds=1", "baseline=false", "data.dev=40", "data.test=40"],
+    *["teacher.duration.steps=10", "teacher.warmup=null"],
+    *["student.duration.steps=10", "student.warmup=null"],
+    *["selection.threshold.confidence=0.1", "selection.allow_collapse=true"],
+]
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(PREFECT_FILE.read_text())["deployments"]
 
 
@@ -66,6 +73,8 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
         assert schedule["schedule"]["cron"] == "0 2 * * *"
         assert schedule["schedule"]["timezone"] == "Europe/Berlin"
         assert schedule["active"] is False
+        assert nightly["global_concurrency_limit"]["limit"] == 1
+        assert nightly["concurrency_options"]["collision_strategy"] == "ENQUEUE"
 
         due = datetime.now(UTC) + timedelta(seconds=20)  # the scheduler looks every 5 s
         daily = {"interval": 24 * 3600, "anchor_date": due.isoformat(), "timezone": "UTC"}
@@ -78,11 +87,8 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
         time.sleep(max(0.0, (due - datetime.now(UTC)).total_seconds()))
         # Not from the repository: the packages are installed, and that is what a node has.
         store = tmp_path / "store"
-        log = _prefect(
-            *("worker", "start", "--pool", "selftrain", "--type", "process", "--run-once"),
-            cwd=tmp_path,
-            SELFTRAIN_STORE=str(store),
-        )
+        worker = ("worker", "start", "--pool", "selftrain", "--type", "process", "--run-once")
+        log = _prefect(*worker, cwd=tmp_path, SELFTRAIN_STORE=str(store))
         flow_run = _wait_until_final(api, flow_run_id)
 
     assert flow_run["state"]["name"] == "Completed", f"{flow_run['state']}\n{log}"
@@ -94,6 +100,52 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
     status = read_status(opened, flow_run["name"])
     assert (status.state, status.store) == ("done", str(store))
     assert [one.promoted for one in status.rounds] == [None, True]
+
+    # Run again as after a crash, by hand in the UI: the same run of the store, and nothing anew.
+    _prefect("flow-run", "retry", flow_run_id, cwd=tmp_path)
+    _prefect(*worker, cwd=tmp_path, SELFTRAIN_STORE=str(store))
+    with httpx.Client(base_url=prefect_api, timeout=30) as api:
+        retried = _wait_until_final(api, flow_run_id)
+    assert (retried["state"]["name"], retried["run_count"]) == ("Completed", 2)
+    assert list_runs(opened) == [flow_run["name"]]
+    rounds = read_status(opened, flow_run["name"]).rounds
+    assert {stage["state"] for one in rounds for stage in one.stages} == {"reused"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_serve_starts_a_run_at_the_tick_of_its_own_server(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows.cli", "serve", "demo", "--cron", "* * * * *"]
+    command += [f"--store={store}", "--name=minutely", *(f"--set={one}" for one in SHORT)]
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        name = _wait_for_a_finished_run(store, process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=90)
+        finally:
+            process.kill()
+    assert re.fullmatch(r"minutely-\d{8}t\d{4}00z", name), "the tick, not the time of the start"
+    assert process.returncode == 0, "Ctrl-C is how it ends"
+
+
+def _wait_for_a_finished_run(store: Path, process: "subprocess.Popen[bytes]") -> str:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        opened = open_store(str(store))
+        for name in list_runs(opened):
+            if read_status(opened, name).state == "done":
+                return name
+        time.sleep(1)
+    raise AssertionError("no run has come to its end")
 
 
 def _wait_for_scheduled_run(api: httpx.Client, deployment_id: str) -> str:

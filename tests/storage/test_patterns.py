@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import objects
-from storage.patterns import expand_braces, expand_shards
+from storage.patterns import below_root, expand_braces, expand_shards
 
 
 def touch(folder, *names):
@@ -176,3 +176,16 @@ def test_list_in_a_list_is_refused(tmp_path):
 def test_range_of_too_many_shards_is_refused():
     with pytest.raises(ValueError, match="more than 1000000 shards"):
         expand_shards("/a/{0..99999999}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "root", "expected"),
+    [
+        ("a.tar", "", "a.tar"),
+        ("a.tar", "s3://b/p", "s3://b/p/a.tar"),
+        ("a-{0,1}.tar, b", "/data/", "/data/a-{0,1}.tar,/data/b"),
+        ("s3://b/a.tar,/x/b.tar,~/c.tar,d.tar", "r", "s3://b/a.tar,/x/b.tar,~/c.tar,r/d.tar"),
+    ],
+)
+def test_a_root_stands_before_every_relative_entry(pattern, root, expected):
+    assert below_root(pattern, root) == expected

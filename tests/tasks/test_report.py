@@ -497,6 +497,14 @@ def test_temperature_at_the_end_of_its_range_is_a_warning(tmp_path):
     assert "Calibrated confidence of all predictions in 20 bins" in run.text()
 
 
+def test_a_stage_killed_before_its_provenance_was_written_has_no_time(tmp_path):
+    run = TinyRun(tmp_path)
+    run.train(run.new_round(0))
+    for provenance in tmp_path.rglob("provenance.json"):
+        provenance.unlink()
+    assert "n/a" in run.text()
+
+
 def test_predictions_that_were_collected_as_garbage_leave_a_note(tmp_path):
     run = TinyRun(tmp_path).finish()
     for path in run.store.list("predictions"):

@@ -114,6 +114,15 @@ def test_an_order_that_is_missing_or_of_another_version_is_refused(lab, capsys, 
     assert "run flow and worker of one version" in capsys.readouterr().err
 
 
+def test_a_reason_of_several_lines_becomes_one(lab, capsys, monkeypatch):
+    def refuse(store, fingerprint):
+        raise ValueError("2 problems\n  first\n  second")
+
+    monkeypatch.setattr(tasks.worker, "read_order", refuse)
+    assert main([lab.store.url, "0" * 64]) == REFUSED
+    assert capsys.readouterr().err.splitlines()[-1] == "2 problems first second"
+
+
 def launch(lab, order, on_progress=lambda line: None):
     launch_worker(lab.store, order.specification.fingerprint, device="cpu", on_progress=on_progress)
 
