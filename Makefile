@@ -2,7 +2,6 @@
 PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PREFECT_QUIET := PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 
 .PHONY: setup demo test test-slow test-s3 test-browser test-gpu lint check bench clean
 

@@ -35,7 +35,11 @@ app.add_typer(data_app, name="data")
 
 Store = Annotated[
     str | None,
-    typer.Option("--store", help="Folder or URL of the store.", envvar="SELFTRAIN_STORE"),
+    typer.Option(
+        "--store",
+        help="Folder or URL of the store; else the config's, else the"
+        " environment's SELFTRAIN_STORE.",
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -84,7 +88,9 @@ def resume(run: Run, store: Store = None, as_json: Json = False) -> None:
 def plan(
     config: Config, store: Store = None, name: Name = None, sets: Sets = None, as_json: Json = False
 ) -> None:
-    """Show what a run would compute and what it would find in the store; nothing is computed.
+    """Show what a run would compute and what it would find in the store; nothing is trained.
+
+    The corpora are indexed for it, and the demo makes its own.
 
     Example: `selftrain plan demo --name longer --store ./selftrain-store --set rounds=5`
     """
@@ -124,7 +130,7 @@ def status(run: Run, store: Store = None, as_json: Json = False) -> None:
 @app.command("list")
 @reporting_errors
 def list_command(store: Store = None, as_json: Json = False) -> None:
-    """List the runs of a store with their state and best accuracy.
+    """List the runs of a store with their state and the accuracy of the last promoted model.
 
     Example: `selftrain list --store s3://bucket/selftrain`
     """

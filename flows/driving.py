@@ -19,6 +19,7 @@ from models.architectures import architecture_name
 from models.training import TrainingConfig
 from storage.manifest import Manifest
 from storage.runs import append_event
+from storage.store import conditional_create_works
 from tasks import stages
 from tasks.classifiers import read_description
 from tasks.evaluation import read_report
@@ -31,7 +32,12 @@ from tasks.training_orders import TrainingOrder
 @contextmanager
 def driving(run: OpenRun) -> "Iterator[RunDriver]":
     """Yield the driver of a run and record in the store how this attempt began and ended."""
-    append_event(run.store, run.name, "run_started")
+    append_event(
+        run.store,
+        run.name,
+        "run_started",
+        conditional_writes=conditional_create_works(run.store),
+    )
     try:
         yield RunDriver(run)
     except (KeyboardInterrupt, SystemExit, TerminationSignal, TrainingStopped) as error:

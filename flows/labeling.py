@@ -9,10 +9,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.graph import View
 from storage.corpus import load_corpus
 from storage.store import Store, open_store
 from tasks import labeling
-from tasks.classifiers import StoredClassifier, load_classifier
+from tasks.classifiers import StoredClassifier, load_classifier, read_description
 from tasks.devices import DeviceChoice, resolve_device
 from tasks.labeling import LabelingConfig, LabelingStopped
 from tasks.live_progress import LiveProgress
@@ -57,31 +58,25 @@ def label_corpus(
     started = time.monotonic()
     opened = open_store(store)
     config = config or LabelingConfig()
-    classifier = load_classifier(
-        opened, model, device=resolve_device(device), class_names=class_names
-    )
-    view = classifier.description
+    description = read_description(opened, model)
+    class_names = class_names or list(description.class_names)
     labeler = labeling.labeler_fingerprint(
-        config,
-        teacher=model,
-        view={
-            "image_size": view.image_size,
-            "crop_padding": view.crop_padding,
-            "interpolation": view.interpolation,
-        },
-        class_names=classifier.class_names,
+        config, teacher=model, view=View.of(description).to_json(), class_names=class_names
     )
     specification = labeling.specify(labeler=labeler, corpus=corpus)
     there = reused(opened, specification)
     if there is not None:
         return there
+    classifier = load_classifier(
+        opened, model, device=resolve_device(device), class_names=class_names
+    )
     whole = load_corpus(opened, corpus)
     missing = labeling.shards_to_label(opened, labeler, whole)
     batch_size = labeling.resolve_batch_size(
         opened,
         labeler,
         config,
-        image_size=view.image_size,
+        image_size=description.image_size,
         device=classifier.device,
     )
     progress = LiveProgress(label, "images", key=artifact)

@@ -1,6 +1,7 @@
 """Long-running commands: a schedule on one machine, and the UI of past runs."""
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from prefect.schedules import Cron
@@ -39,6 +40,7 @@ def serve_ui(*, port: int, run_id: str | None) -> None:
         wait_until_healthy(f"http://127.0.0.1:{port}/api", process, log_path=None)
         path = "" if run_id is None else f"/runs/flow-run/{run_id}"
         err.print(f"Prefect UI: http://127.0.0.1:{port}{path}   (Ctrl-C ends it)", highlight=False)
-        process.wait()
+        with suppress(KeyboardInterrupt):
+            process.wait()
     finally:
         stop_process_group(process, grace_seconds=10)

@@ -1,6 +1,7 @@
 """A corpus: the shards, by content, that a stage reads, and where they lie today."""
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,9 @@ class Corpus:
 
         Raises: ValueError if there is none.
         """
-        found = next((s for s in self.shards if s.stem == stem), None)
-        if found is None:
+        place = bisect_left(self.shards, stem, key=lambda s: s.stem)
+        found = self.shards[place] if place < len(self.shards) else None
+        if found is None or found.stem != stem:
             raise ValueError(
                 f"corpus {self.digest[:12]} has no shard {stem!r}; it has {len(self.shards)}, from "
                 f"{self.shards[0].stem!r} to {self.shards[-1].stem!r}"

@@ -57,7 +57,7 @@ def file_system_of(scheme: str) -> FileSystem:
     environment: tuple[str, ...] = ()
     if scheme == "s3":
         environment = tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k[:4] == "AWS_")
-        # Stale listings hide other writers' objects for ever (reliability.md 2.3). The retries
+        # Stale listings hide other writers' objects for ever. The retries
         # are ours: s3fs and botocore would multiply them.
         options["use_listings_cache"] = False
         options["config_kwargs"] = {

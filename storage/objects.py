@@ -20,7 +20,7 @@ WriteMode = Literal["immutable", "create", "replace"]
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-# Reads of an object whose checksum differs: bits flip on the way (reliability.md 2.2), but bytes
+# Reads of an object whose checksum differs: bits flip on the way, but bytes
 # that are wrong three times are wrong at rest.
 CHECKSUM_READS = 3
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
@@ -107,7 +107,7 @@ def write_object(
             may overwrite instead.
     """
     if mode == "create" and len(data) == 0:
-        # s3fs truncates the existing object (reliability.md 2.1).
+        # s3fs truncates the existing object.
         raise ValueError(f"{url}: an empty object cannot be created exclusively")
     scheme, path = split_url(url)
     if scheme == "file":

@@ -8,6 +8,9 @@ from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
 
+# Loaded now: to load a library between fork and exec can deadlock in a process with threads.
+_LIBC = ctypes.CDLL(None)
+
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when the thread that forked it ends; for `preexec_fn`.
@@ -16,7 +19,7 @@ def die_with_parent() -> None:
     run already reads. Elsewhere than on Linux a killed run's children live until their work ends.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop_process_group(process: "subprocess.Popen[bytes]", *, grace_seconds: float) -> None:

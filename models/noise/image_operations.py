@@ -44,7 +44,7 @@ def autocontrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Equalise the histogram of every channel as PIL does; where its step is 0 nothing changes."""
     n, channels, height, width = images.shape
-    pixels = images.to(torch.int64).view(n * channels, height * width)
+    pixels = images.to(torch.int64).reshape(n * channels, height * width)
     ones = torch.ones((), dtype=torch.int64, device=images.device).expand_as(pixels)
     counts = torch.zeros(n * channels, 256, dtype=torch.int64, device=images.device)
     counts.scatter_add_(1, pixels, ones)  # (N * C, 256)

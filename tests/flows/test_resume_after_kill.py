@@ -1,5 +1,6 @@
 """kill -9 of the whole run, again and again, then resume: same bytes, nothing done twice."""
 
+import hashlib
 import json
 import os
 import random
@@ -173,18 +174,25 @@ def _assert_untouched(store: Path, committed: dict[str, tuple[int, int]], *, aft
         assert now.get(path) == identity, f"{path} was written again after {after}"
 
 
-def _results(store: Path) -> dict[str, bytes]:
-    """Return what was computed: every manifest, record and data object, save provenance."""
-    folders = ("models", "predictions", "labelings", "selections", "evaluations", "corpora")
+def _results(store: Path) -> dict[str, str]:
+    """Return the sha256 of what was computed: every manifest, record and named data object.
+
+    Provenance (times, hosts) differs between honest computations and lies beside the results;
+    data objects of killed attempts, which nothing names, are no results.
+    """
     named = set(_committed_data(store))
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for folder in folders
-        for path in sorted((store / folder).rglob("*"))
-        if path.name == "manifest.json"
-        or str(path.relative_to(store)) in named
-        or (path.suffix == ".json" and path.parent.parent.name in ("predictions", "selections"))
-    }
+    found: dict[str, str] = {}
+    for folder in ("models", "predictions", "labelings", "selections", "evaluations"):
+        for path in sorted((store / folder).rglob("*")):
+            relative = str(path.relative_to(store))
+            is_record = path.suffix == ".json" and (
+                path.name == "manifest.json"
+                or folder == "predictions"
+                or path.parent.name == "shards"
+            )
+            if is_record or relative in named:
+                found[relative] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def _provenances(store: Path) -> list[dict[str, Any]]:

@@ -265,3 +265,15 @@ def test_a_float_image_is_rounded_to_eight_bits() -> None:
 def test_pixels_that_clip10_would_ignore_are_refused() -> None:
     with pytest.raises(ValidationError, match="clip10 would ignore"):
         RandAugmentConfig(convention="clip10", cutout_pixels=4)
+
+
+def test_images_laid_out_channels_last_give_the_same_result():
+    # As batches are assembled: (B, H, W, 3) permuted, never copied.
+    images = torch.randint(0, 256, (32, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    keys = key_hash_tensor([str(i) for i in range(32)])
+    draws = input_draws(7, keys, torch.zeros(32), torch.zeros(32))
+    config = NoiseConfig(horizontal_flip=False, randaugment=RandAugmentConfig())
+    assert torch.equal(
+        apply_input_noise(images, config, draws),
+        apply_input_noise(images.contiguous(), config, draws),
+    )
