@@ -106,10 +106,9 @@ def evaluate(
             "interval": report["interval"],
         },
     )
-    committed = commit_manifest(store, folder, manifest)
     seconds = time.monotonic() - started
     provenance.record(store, folder, seconds=seconds, device=classifier.device)
-    return committed
+    return commit_manifest(store, folder, manifest)
 
 
 def specify_promotion(*, teacher: str, student: str) -> Specification:
@@ -150,9 +149,8 @@ def promote(
         objects=(_put_report(store, folder, report, crash_kind="promote"),),
         counts={"is_promoted": decision.is_promoted, "difference": decision.difference},
     )
-    committed = commit_manifest(store, folder, manifest)
     provenance.record(store, folder, seconds=time.monotonic() - started, device=None)
-    return committed
+    return commit_manifest(store, folder, manifest)
 
 
 def read_report(store: Store, manifest: Manifest) -> dict[str, Any]:

@@ -234,6 +234,5 @@ def finish(store: Store, specification: Specification, *, seconds: float) -> Man
             "shards": shards,
         },
     )
-    committed = commit_manifest(store, specification.folder, manifest)
     provenance.record(store, specification.folder, seconds=seconds, device=None)
-    return committed
+    return commit_manifest(store, specification.folder, manifest)

@@ -263,9 +263,8 @@ def finish(
             "items": {record["stem"]: c.items for record, c in zip(records, counts, strict=True)},
         },
     )
-    committed = commit_manifest(store, specification.folder, manifest)
     provenance.record(store, specification.folder, seconds=seconds, device=None)
-    return committed
+    return commit_manifest(store, specification.folder, manifest)
 
 
 def read_summary(store: Store, manifest: Manifest) -> dict[str, Any]:

@@ -135,7 +135,10 @@ def run_training(
         raise TrainingDiverged(f"{error}. {keeper.last_good()}") from error
     finally:
         batches.close()
-    manifest = _commit(store, specification, config, state, curve, labeled, selection, total_steps)
+    manifest = _put_model(
+        store, specification, config, state, curve, labeled, selection, total_steps
+    )
+    # Before the manifest: a kill between the two loses neither.
     provenance.record(
         store,
         specification.folder,
@@ -145,8 +148,9 @@ def run_training(
         steps=total_steps - first_step,
         bad_samples=batches.bad_samples(),
     )
+    committed = commit_manifest(store, specification.folder, manifest)
     delete_checkpoints(store, specification.fingerprint)
-    return manifest
+    return committed
 
 
 def read_curve(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
@@ -178,7 +182,7 @@ def _selection_manifests(
     return selection, labeling
 
 
-def _commit(
+def _put_model(
     store: Store,
     specification: Specification,
     config: TrainingConfig,
@@ -214,7 +218,7 @@ def _commit(
     inputs = {"labeled": InputReference(labeled.digest, labeled.digest)}
     if selection is not None:
         inputs["selection"] = InputReference(selection.fingerprint, selection.sha256)
-    manifest = Manifest(
+    return Manifest(
         kind=specification.kind,
         fingerprint=specification.fingerprint,
         stage_version=specification.version,
@@ -231,4 +235,3 @@ def _commit(
             "architecture": architecture_name(config.architecture),
         },
     )
-    return commit_manifest(store, folder, manifest)
