@@ -39,7 +39,11 @@ def serve_ui(*, port: int, run_id: str | None) -> None:
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/api", process, log_path=None)
         path = "" if run_id is None else f"/runs/flow-run/{run_id}"
-        err.print(f"Prefect UI: http://127.0.0.1:{port}{path}   (Ctrl-C ends it)", highlight=False)
+        err.print(
+            f"Prefect UI: http://127.0.0.1:{port}{path}   (Ctrl-C ends it)",
+            highlight=False,
+            soft_wrap=True,
+        )
         with suppress(KeyboardInterrupt):
             process.wait()
     finally:
