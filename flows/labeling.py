@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -17,8 +16,7 @@ from tasks.classifiers import StoredClassifier, load_classifier, read_descriptio
 from tasks.devices import DeviceChoice, resolve_device
 from tasks.labeling import LabelingConfig, LabelingStopped
 from tasks.live_progress import LiveProgress
-from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
-from tasks.stages import Reference, reference, reused
+from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
 # Threads do not see SIGTERM or Ctrl-C: the flow's main thread tells them, and they stop between
 # shards. One flow of this kind runs in a process at a time.
@@ -110,14 +108,7 @@ def label_corpus(
     return reference(labeling.finish(opened, specification, seconds=time.monotonic() - started))
 
 
-@task(
-    name="label-shards",
-    persist_result=False,
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_SECONDS,
-    retry_condition_fn=worth_retrying,
-)
+@task(name="label-shards", **TASK_OPTIONS)
 def label_group(
     store: Store,
     corpus: str,

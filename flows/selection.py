@@ -5,7 +5,6 @@ from functools import reduce
 from typing import Any
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -22,25 +21,16 @@ from storage.corpus import load_corpus
 from storage.manifest import Manifest, read_manifest
 from storage.store import Store, open_store
 from tasks import selection
-from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
 from tasks.progress import Progress, report
 from tasks.selection import SelectionConfig
-from tasks.stages import Reference, reference, reused
+from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
 _SHARDS_PER_TASK = 32
 _MAX_TASKS_PER_PASS = 100
 
-_OPTIONS: dict[str, Any] = {
-    "persist_result": False,
-    "cache_policy": NO_CACHE,
-    "retries": RETRIES,
-    "retry_delay_seconds": RETRY_DELAY_SECONDS,
-    "retry_condition_fn": worth_retrying,
-}
-
-count_confidences = task(name="count-confidences", **_OPTIONS)(selection.count_confidences)
-collect_candidates = task(name="collect-candidates", **_OPTIONS)(selection.collect_candidates)
-write_selections = task(name="write-selections", **_OPTIONS)(selection.write_selections)
+count_confidences = task(name="count-confidences", **TASK_OPTIONS)(selection.count_confidences)
+collect_candidates = task(name="collect-candidates", **TASK_OPTIONS)(selection.collect_candidates)
+write_selections = task(name="write-selections", **TASK_OPTIONS)(selection.write_selections)
 
 # Any, because Prefect declares its own task runners as no subtype of what `flow` takes (3.8.8).
 _TWO_THREADS: Any = ThreadPoolTaskRunner(max_workers=2)

@@ -23,7 +23,8 @@ from tasks.training_orders import TrainingOrder, place_order
 
 Reference = dict[str, Any]
 
-_OPTIONS: dict[str, Any] = {
+# Of every task, those of the subflows included.
+TASK_OPTIONS: dict[str, Any] = {
     "persist_result": False,
     "cache_policy": NO_CACHE,
     "retries": RETRIES,
@@ -53,7 +54,7 @@ def reused(store: Store, specification: Specification) -> State | None:
     )
 
 
-@task(name="train", **_OPTIONS)
+@task(name="train", **TASK_OPTIONS)
 def train(
     store: Store, order: TrainingOrder, *, device: DeviceChoice, label: str, artifact: str
 ) -> Reference | State:
@@ -76,7 +77,7 @@ def train(
     return reference(manifest)
 
 
-@task(name="evaluate", **_OPTIONS)
+@task(name="evaluate", **TASK_OPTIONS)
 def evaluate(
     store: Store, specification: Specification, *, device: DeviceChoice, max_bad_samples: int
 ) -> Reference | State:
@@ -96,7 +97,7 @@ def evaluate(
     return reference(manifest)
 
 
-@task(name="promote", **_OPTIONS)
+@task(name="promote", **TASK_OPTIONS)
 def promote(
     store: Store, specification: Specification, *, teacher: Specification, student: Specification
 ) -> Reference | State:

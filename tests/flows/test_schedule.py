@@ -60,7 +60,7 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
 ) -> None:
     _prefect("work-pool", "create", "selftrain", "--type", "process", cwd=ROOT)
     _prefect("--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all", cwd=ROOT)
-    with httpx.Client(base_url=prefect_api, timeout=30) as api:
+    with _client(prefect_api) as api:
         deployments = {one["entrypoint"]: one for one in _post(api, "/deployments/filter", {})}
         assert deployments.keys() == {one["entrypoint"] for one in DEPLOYMENTS}
         for one in deployments.values():
@@ -103,7 +103,7 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
     # Run again as after a crash, by hand in the UI: the same run of the store, and nothing anew.
     _prefect("flow-run", "retry", flow_run_id, cwd=tmp_path)
     _prefect(*worker, cwd=tmp_path, SELFTRAIN_STORE=str(store))
-    with httpx.Client(base_url=prefect_api, timeout=30) as api:
+    with _client(prefect_api) as api:
         retried = _wait_until_final(api, flow_run_id)
     assert (retried["state"]["name"], retried["run_count"]) == ("Completed", 2)
     assert list_runs(opened) == names
@@ -171,6 +171,25 @@ def _wait_until_final(api: httpx.Client, flow_run_id: str) -> dict[str, Any]:
             return flow_run
         assert time.monotonic() < deadline, flow_run["state"]
         time.sleep(0.5)
+
+
+class _Patient(httpx.HTTPTransport):
+    """Asks again where the server's SQLite was busy (503), as Prefect's own clients do."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        deadline = time.monotonic() + 120
+        while True:
+            response = super().handle_request(request)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                return response
+            if time.monotonic() > deadline:
+                return response
+            response.close()
+            time.sleep(1)
+
+
+def _client(api_url: str) -> httpx.Client:
+    return httpx.Client(base_url=api_url, timeout=60, transport=_Patient())
 
 
 def _post(api: httpx.Client, path: str, body: Any) -> Any:
