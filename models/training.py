@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.objectives import Batch, build_objective
+from models.objectives import Batch, Models, build_objective
 from models.optimization import ema_decay, learning_rate, peak_learning_rate, update_ema
 from models.randomness import derive_seed
 from models.training_config import TrainingConfig
@@ -59,13 +59,14 @@ class NonFiniteTraining(RuntimeError):
 def train(
     state: TrainingState,
     config: TrainingConfig,
-    next_batch: Callable[[int], Batch],
+    next_batch: Callable[[int, int, int], Batch],
     *,
     total_steps: int,
     num_labeled: int,
     layer_seed: int | Callable[[int], int],
     report_every: int = 1,
     forward_model: nn.Module | None = None,
+    teacher: nn.Module | None = None,
 ) -> Iterator[StepReport]:
     """Train `state` in place from its step to `total_steps`, yielding reports.
 
@@ -76,8 +77,8 @@ def train(
     Args:
         state: where to start; `initial_state` or a restored one.
         config: what to train.
-        next_batch: step (from 0) -> the batch of that step, on the state's device. Must depend on
-            the step alone.
+        next_batch: (step, part, num_parts) -> that part of the step's batch, on the state's
+            device: steps and parts from 0, a step's images split evenly. Depends on these alone.
         total_steps: updates of the whole stage, not of this call.
         num_labeled: labelled images in an epoch; schedules count in them.
         layer_seed: a stream, from which step s has seed derive_seed(stream, s), or the seed of each
@@ -86,6 +87,7 @@ def train(
         report_every: in steps.
         forward_model: what the forward pass goes through, such as DistributedDataParallel around
             `state.model`; by default the model itself.
+        teacher: frozen and in evaluation mode, for objectives that call it.
     Raises: NonFiniteTraining, at the report after it happened, naming the step of it.
     """
     if report_every < 1:
@@ -113,20 +115,21 @@ def train(
     model.train()
     for step in range(state.step, total_steps):
         rate = rate_at(step)
-        batch = next_batch(step)
+        batch = next_batch(step, 0, 1)
         with (
             torch.random.fork_rng(_devices_to_fork(device)),  # pyright: ignore[reportUnknownMemberType]
             torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
         ):
             _seed_layers(seed_at(step), device)
-            loss, state.objective_state, logs = objective.loss(
-                model, batch, state.objective_state, step
+            found = objective.loss(
+                Models(model, teacher), batch, state.objective_state, step, total_steps
             )
-        _update(state, config, loss, rate)
+        _update(state, config, found.loss, rate)
+        state.objective_state = objective.next_state(state.objective_state, found.statistics)
         if state.ema is not None and config.ema is not None:
             update_ema(state.ema, state.model, ema_decay(step, config.ema))
         state.step = step + 1
-        sums.add(step, loss, logs)
+        sums.add(step, found.loss, found.logs)
         if state.step % report_every == 0 or state.step == total_steps:
             report = sums.report(state.step, rate, rate_at)
             _refuse_non_finite(state, rate)

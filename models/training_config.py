@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.architectures import ArchitectureConfig, Interpolation, Normalization
 from models.durations import Duration
 from models.noise import NoiseConfig, PadShiftConfig
-from models.objectives import ObjectiveConfig
+from models.objectives import JointConfig, ObjectiveConfig
 from models.optimization import EmaConfig, OptimizerConfig, ScheduleConfig
 from models.optimization.optimizers import AdamWConfig, SGDConfig
 from models.optimization.schedules import CosineConfig
@@ -52,7 +52,7 @@ class TrainingConfig(BaseModel):
     ema: EmaConfig | None = Field(
         default=EmaConfig(), description="Moving average of the weights; null uses the last ones."
     )
-    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The loss.")
+    objective: ObjectiveConfig = Field(default=JointConfig(), description="The loss.")
     gradient_clip_norm: float | None = Field(
         default=None, gt=0, description="Largest global gradient norm; null does not clip."
     )

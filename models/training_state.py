@@ -151,7 +151,10 @@ def initial_state(
         model=model,
         ema=ema,
         optimizer=build_optimizer(config.optimizer, model),
-        objective_state=build_objective(config.objective).init_state(),
+        objective_state={
+            name: value.to(target)
+            for name, value in build_objective(config.objective).init_state(num_classes).items()
+        },
         step=0,
     )
 

@@ -169,8 +169,9 @@ class TrainingBatches:
             selection is not None and selection.settings["selection"]["target"] == "hard"
         )
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step; the same for every call, process and resume."""
+    def batch(self, step: int, part: int = 0, num_parts: int = 1) -> Batch:
+        """Return one of the equal parts of a step; the same for every process and resume."""
+        assert (part, num_parts) == (0, 1), "a step is not divided yet"
         labeled, pseudo = self._read(step)
         images, draws = self._assembled(labeled, pseudo)
         assert labeled.targets.labels is not None

@@ -1,19 +1,19 @@
 """The objective of Noisy Student: labelled and pseudo-labelled samples in one forward pass."""
 
-from typing import Literal, Protocol, assert_never
+from typing import Literal, assert_never
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.objectives.batch import Batch, Stream
 from models.objectives.cross_entropy import smooth_labels, soft_cross_entropy
+from models.objectives.objective import Models, ObjectiveState, StepLoss, StreamSizes
 
 LossNormalization = Literal["labeled_batch", "concat_mean"]
-ObjectiveState = dict[str, Tensor]
 
 
-class ObjectiveConfig(BaseModel):
+class JointConfig(BaseModel):
     """Joint cross entropy of labels and pseudo-labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,24 +39,10 @@ class ObjectiveConfig(BaseModel):
     )
 
 
-class StreamSizes(Protocol):
-    """The part of a training config that streams depend on."""
-
-    @property
-    def batch_size(self) -> int:
-        """Labelled images a step."""
-        ...
-
-    @property
-    def unlabeled_ratio(self) -> int:
-        """Pseudo-labelled images for each labelled one."""
-        ...
-
-
 class JointObjective:
     """One forward pass over the joint batch, so BatchNorm sees the mixture."""
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: JointConfig) -> None:
         self.config = config
 
     def streams(self, config: StreamSizes) -> tuple[Stream, ...]:
@@ -71,23 +57,29 @@ class JointObjective:
         )
         return (labeled, pseudo)
 
-    def init_state(self) -> ObjectiveState:
+    def init_state(self, num_classes: int) -> ObjectiveState:
         """Empty: this objective remembers nothing between steps."""
+        del num_classes
         return {}
 
+    def next_state(self, state: ObjectiveState, statistics: dict[str, Tensor]) -> ObjectiveState:
+        """The same: there is nothing to remember."""
+        del statistics
+        return state
+
     def loss(
-        self, model: nn.Module, batch: Batch, state: ObjectiveState, step: int
-    ) -> tuple[Tensor, ObjectiveState, dict[str, Tensor]]:
-        """The loss, the state for the next step, and logs as 0-dimensional tensors.
+        self, models: Models, batch: Batch, state: ObjectiveState, step: int, total_steps: int
+    ) -> StepLoss:
+        """The loss and its logs.
 
         A pseudo-label's weight multiplies its loss and not the normaliser, so a sample of weight 0
         counts like one of loss 0. Logs: labeled_loss, labeled_accuracy and, with a pseudo-labelled
         stream, pseudo_loss (weighted mean before unlabeled_weight) and pseudo_accuracy (agreement
         with the pseudo-label, under noise).
         """
-        del step  # the joint objective has no schedule of its own
+        del state, step, total_steps  # the joint objective has no schedule of its own
         num_labeled = len(batch.labels)
-        logits: Tensor = model(batch.images)  # (B_l + B_u, C)
+        logits: Tensor = models.student(batch.images)  # (B_l + B_u, C)
         labeled_logits, pseudo_logits = logits[:num_labeled], logits[num_labeled:]
         one_hot = torch.nn.functional.one_hot(batch.labels, logits.shape[1]).float()
         labeled = soft_cross_entropy(
@@ -97,7 +89,7 @@ class JointObjective:
             hits = (labeled_logits.argmax(dim=1) == batch.labels).float()
         logs = {"labeled_loss": labeled.detach().mean(), "labeled_accuracy": hits.mean()}
         if batch.pseudo_targets is None:
-            return labeled.mean(), state, logs
+            return StepLoss(labeled.mean(), logs)
 
         targets = batch.pseudo_targets
         if batch.pseudo_is_hard:
@@ -110,10 +102,10 @@ class JointObjective:
         logs["pseudo_loss"] = pseudo.detach().mean()
         logs["pseudo_accuracy"] = agrees.float().mean()
         total = combine_losses(labeled, pseudo * self.config.unlabeled_weight, self.config)
-        return total, state, logs
+        return StepLoss(total, logs)
 
 
-def combine_losses(labeled: Tensor, pseudo: Tensor, config: ObjectiveConfig) -> Tensor:
+def combine_losses(labeled: Tensor, pseudo: Tensor, config: JointConfig) -> Tensor:
     """The sum of (B_l,) and (B_u,) losses over the normaliser that `config` names."""
     total = labeled.sum() + pseudo.sum()
     match config.loss_normalization:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from models.objectives import (
     Batch,
+    JointConfig,
     JointObjective,
-    ObjectiveConfig,
+    Models,
     Stream,
     smooth_labels,
     soft_cross_entropy,
@@ -43,13 +44,12 @@ def images(n: int) -> Tensor:
     return torch.zeros(n, 3, 2, 2)
 
 
-def loss_of(
-    batch: Batch, logits: Tensor, config: ObjectiveConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(batch: Batch, logits: Tensor, config: JointConfig) -> tuple[Tensor, dict[str, Tensor]]:
     objective = JointObjective(config)
-    loss, state, logs = objective.loss(FixedLogits(logits), batch, objective.init_state(), 0)
-    assert state == {}
-    return loss, logs
+    assert objective.init_state(logits.shape[1]) == {}
+    found = objective.loss(Models(FixedLogits(logits)), batch, {}, 0, 1)
+    assert objective.next_state({}, found.statistics) == {}
+    return found.loss, found.logs
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def loss_of(
 )
 def test_loss_normaliser_matches_the_golden_values(normalization: str, expected: float):
     # mean losses 1 and 2 on batches of 4 and 12: (4 + 24) / 4 and (4 + 24) / 16
-    config = ObjectiveConfig.model_validate({"loss_normalization": normalization})
+    config = JointConfig.model_validate({"loss_normalization": normalization})
     assert combine_losses(torch.full((4,), 1.0), torch.full((12,), 2.0), config).item() == expected
 
 
 def test_normalisers_differ_by_exactly_one_plus_the_ratio():
     labeled, pseudo = torch.rand(4), torch.rand(12)
-    released = combine_losses(labeled, pseudo, ObjectiveConfig())
-    prose = combine_losses(labeled, pseudo, ObjectiveConfig(loss_normalization="concat_mean"))
+    released = combine_losses(labeled, pseudo, JointConfig())
+    prose = combine_losses(labeled, pseudo, JointConfig(loss_normalization="concat_mean"))
     assert (released / prose).item() == pytest.approx(4.0)
 
 
@@ -93,12 +93,12 @@ def test_labels_are_smoothed_and_soft_pseudo_labels_are_not():
     # uniform logits: any target costs log 2, so use skewed ones: log p = (log .75, log .25)
     logits = torch.log(torch.tensor([[0.75, 0.25], [0.75, 0.25]]))
     batch = Batch(images(2), torch.tensor([0]), torch.tensor([[1.0, 0.0]]))
-    _, logs = loss_of(batch, logits, ObjectiveConfig(label_smoothing=0.2))
+    _, logs = loss_of(batch, logits, JointConfig(label_smoothing=0.2))
     smoothed = -(0.9 * math.log(0.75) + 0.1 * math.log(0.25))
     assert logs["labeled_loss"].item() == pytest.approx(smoothed, abs=1e-6)
     assert logs["pseudo_loss"].item() == pytest.approx(-math.log(0.75), abs=1e-6)
     hard = Batch(images(2), batch.labels, batch.pseudo_targets, pseudo_is_hard=True)
-    _, logs = loss_of(hard, logits, ObjectiveConfig(label_smoothing=0.2))
+    _, logs = loss_of(hard, logits, JointConfig(label_smoothing=0.2))
     assert logs["pseudo_loss"].item() == pytest.approx(smoothed, abs=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_a_weight_of_zero_counts_like_a_loss_of_zero():
     logits = torch.zeros(3, 2)
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     weighted = Batch(images(3), torch.tensor([1]), targets, torch.tensor([0.5, 0.0]))
-    loss, _ = loss_of(weighted, logits, ObjectiveConfig(loss_normalization="concat_mean"))
+    loss, _ = loss_of(weighted, logits, JointConfig(loss_normalization="concat_mean"))
     # every loss is log 2: (1 + 0.5 + 0) / 3
     assert loss.item() == pytest.approx(0.5 * math.log(2), abs=1e-6)
 
@@ -114,7 +114,7 @@ def test_a_weight_of_zero_counts_like_a_loss_of_zero():
 def test_unlabeled_weight_scales_only_the_pseudo_labelled_loss():
     logits = torch.zeros(3, 2)
     batch = Batch(images(3), torch.tensor([1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    loss, logs = loss_of(batch, logits, ObjectiveConfig(unlabeled_weight=0.25))
+    loss, logs = loss_of(batch, logits, JointConfig(unlabeled_weight=0.25))
     assert loss.item() == pytest.approx(1.5 * math.log(2), abs=1e-6)  # 1 + 0.25 * 2
     assert logs["pseudo_loss"].item() == pytest.approx(math.log(2), abs=1e-6)
 
@@ -123,7 +123,7 @@ def test_labels_alone_give_their_mean_under_both_normalisers():
     logits = torch.zeros(4, 2)
     batch = Batch(images(4), torch.tensor([0, 1, 1, 0]))
     for normalization in ("labeled_batch", "concat_mean"):
-        config = ObjectiveConfig.model_validate({"loss_normalization": normalization})
+        config = JointConfig.model_validate({"loss_normalization": normalization})
         loss, logs = loss_of(batch, logits, config)
         assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
         assert set(logs) == {"labeled_loss", "labeled_accuracy"}
@@ -132,20 +132,20 @@ def test_labels_alone_give_their_mean_under_both_normalisers():
 def test_one_forward_pass_sees_both_streams():
     model = FixedLogits(torch.zeros(4, 2))
     batch = Batch(images(4), torch.tensor([0]), torch.full((3, 2), 0.5))
-    JointObjective(ObjectiveConfig()).loss(model, batch, {}, 0)
+    JointObjective(JointConfig()).loss(Models(model), batch, {}, 0, 1)
     assert model.num_calls == 1
 
 
 def test_logs_hold_accuracy_and_agreement():
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     batch = Batch(images(4), torch.tensor([0, 1]), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
-    _, logs = loss_of(batch, logits, ObjectiveConfig())
+    _, logs = loss_of(batch, logits, JointConfig())
     assert logs["labeled_accuracy"].item() == 0.5
     assert logs["pseudo_accuracy"].item() == 1.0
 
 
 def test_streams_are_declared_with_their_sizes():
-    objective = JointObjective(ObjectiveConfig())
+    objective = JointObjective(JointConfig())
     assert objective.streams(Sizes(8, 3)) == (
         Stream("labeled", 8),
         Stream("pseudo_labeled", 24, with_selection=True),
@@ -164,4 +164,4 @@ def test_batches_whose_sizes_do_not_fit_are_refused():
 
 def test_unknown_options_are_refused():
     with pytest.raises(ValidationError, match="clip"):
-        ObjectiveConfig.model_validate({"clip": 1})
+        JointConfig.model_validate({"clip": 1})

@@ -53,7 +53,7 @@ def config(optimizer: str | SGDConfig = "adamw", **changes: Any) -> TrainingConf
     return TrainingConfig(**(settings | changes))
 
 
-def next_batch(step: int) -> Batch:
+def next_batch(step: int, part: int = 0, num_parts: int = 1) -> Batch:
     """A learnable batch of the step: class = brightest channel; soft pseudo-labels of the same."""
     generator = torch.Generator().manual_seed(1000 + step)
     labels = torch.randint(NUM_CLASSES, (8,), generator=generator)
@@ -371,7 +371,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 def test_non_finite_loss_stops_with_the_step_it_happened_at():
     cfg = config()
 
-    def poisoned(step: int) -> Batch:
+    def poisoned(step: int, part: int, num_parts: int) -> Batch:
         batch = next_batch(step)
         return (
             Batch(batch.images * math.nan, batch.labels, batch.pseudo_targets)

@@ -8,7 +8,7 @@ import pytest
 
 from models.durations import Duration
 from models.noise import NoiseConfig
-from models.objectives import ObjectiveConfig
+from models.objectives import JointConfig
 from models.optimization import AdamWConfig, EmaConfig, RMSpropTFConfig, SGDConfig, learning_rate
 from models.optimization.optimizers import peak_learning_rate
 from models.optimization.schedules import ConstantConfig, CosineConfig, StaircaseConfig
@@ -78,7 +78,7 @@ def test_an_order_whose_config_is_not_the_fingerprinted_one_is_refused(lab):
         {"ema": None},
         {"ema": EmaConfig(decay=0.5)},
         {"optimizer": SGDConfig()},
-        {"objective": ObjectiveConfig(label_smoothing=0)},
+        {"objective": JointConfig(label_smoothing=0)},
         {"precision": "bf16"},
         {"interpolation": "bicubic"},
         {"crop_padding": 1},
