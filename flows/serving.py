@@ -1,36 +1,82 @@
 """Long-running commands: a schedule on one machine, and the UI of past runs."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from contextlib import suppress
-from typing import Any
 
-from prefect.schedules import Cron
-from prefect.types.entrypoint import EntrypointType
+from prefect.settings import get_current_settings
 
 from flows import running  # noqa: F401  (sets Prefect's environment before it is used)
 from flows.config import SelfTrainingConfig
-from flows.self_training import self_training
 from flows.server import prefect_server, start_server_process, wait_until_healthy
 from flows.terminal import err
-from tasks.children import stop_process_group
+from tasks.children import die_with_parent, stop_process_group
+
+# A run that is being stopped writes its checkpoint within this time.
+_STOP_GRACE_SECONDS = 60
+
+
+class SchedulerEnded(RuntimeError):
+    """The process that starts runs has ended by itself."""
 
 
 def serve_on_schedule(config: SelfTrainingConfig, *, cron: str, timezone: str) -> None:
     """Start a run at every tick of the schedule, in processes of this machine, until Ctrl-C.
 
-    The flow is named by its module, so that its processes import what this one imported.
+    Prefect's runner has a process of its own (flows/serving_process.py): interrupted while a run is
+    going on, it waits for ever (3.8.8). Here it and its runs get SIGTERM, upon which a run writes
+    its checkpoint, and what is left after a minute is killed.
+
+    Raises: SchedulerEnded, if that process ends by itself.
     """
-    parameters: dict[str, Any] = {"config": config.model_dump(mode="json", by_alias=True)}
+    order = {
+        "config": config.model_dump(mode="json", by_alias=True),
+        "cron": cron,
+        "timezone": timezone,
+    }
     with prefect_server() as server:
         err.print(f"Prefect UI: {server.ui_url}", highlight=False)
         err.print(f"{config.name}: {cron} ({timezone}); Ctrl-C ends it", highlight=False)
-        self_training.serve(
-            name=config.name,
-            schedule=Cron(cron, timezone=timezone),
-            parameters=parameters,
-            entrypoint_type=EntrypointType.MODULE_PATH,
-            print_starting_message=False,
+        signal.signal(signal.SIGTERM, _raise_interrupt)
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.serving_process"],
+            env={**os.environ, **settings},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
+        try:
+            assert process.stdin is not None
+            with process.stdin as stdin:
+                stdin.write(json.dumps(order).encode())
+            code = process.wait()
+        except KeyboardInterrupt:
+            return
+        finally:
+            _stop_with_runs(process)
+        raise SchedulerEnded(f"the process that starts runs ended with exit code {code}")
+
+
+def _raise_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop_with_runs(process: "subprocess.Popen[bytes]") -> None:
+    """Stop the process and the runs in its group, which may outlive it."""
+    deadline = time.monotonic() + _STOP_GRACE_SECONDS
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def serve_ui(*, port: int, run_id: str | None) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,24 +116,48 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
 @pytest.mark.timeout(600)
 def test_serve_starts_a_run_at_the_tick_of_its_own_server(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    with _serving(store, tmp_path, SHORT) as process:
+        name = _wait_for_a_finished_run(store, process)
+    assert re.fullmatch(r"minutely-\d{8}t\d{4}00z", name), "the tick, not the time of the start"
+    assert process.returncode == 0, "SIGTERM and Ctrl-C are how it ends"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_serve_that_is_stopped_leaves_its_run_with_a_checkpoint(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with _serving(store, tmp_path, [*SHORT, "teacher.duration.steps=100000"]) as process:
+        deadline = time.monotonic() + 300
+        while not list(store.glob("models/*/specification.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no training has begun"
+            time.sleep(0.5)
+        time.sleep(10)  # for the worker's imports and first steps
+    assert process.returncode == 0
+    (name,) = list_runs(open_store(str(store)))
+    assert read_status(open_store(str(store)), name).state == "stopped"
+    assert list(store.glob("models/*/attempts/*/*/checkpoint.json"))
+
+
+@contextmanager
+def _serving(store: Path, folder: Path, settings: list[str]) -> "Iterator[subprocess.Popen[bytes]]":
+    """Serve the demo every minute, and stop that by SIGTERM at the end."""
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "flows.cli", "serve", "demo", "--cron", "* * * * *"]
-    command += [f"--store={store}", "--name=minutely", *(f"--set={one}" for one in SHORT)]
-    with (tmp_path / "log.txt").open("wb") as log:
+    command += [f"--store={store}", "--name=minutely", *(f"--set={one}" for one in settings)]
+    with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
     try:
-        name = _wait_for_a_finished_run(store, process)
+        yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
-            process.wait(timeout=90)
+            process.wait(timeout=120)
         finally:
             process.kill()
-    assert re.fullmatch(r"minutely-\d{8}t\d{4}00z", name), "the tick, not the time of the start"
-    assert process.returncode == 0, "Ctrl-C is how it ends"
 
 
 def _wait_for_a_finished_run(store: Path, process: "subprocess.Popen[bytes]") -> str:
