@@ -1,14 +1,29 @@
 """All of a run in one typed model: what a user writes in YAML and what Prefect shows as a form."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.architectures import ArchitectureConfig
+from flows.starting_weights import ScratchInit, TeacherInit
+from flows.trained_models import (
+    StudentConfig,
+    TeacherConfig,
+    TrainedTeacher,
+    check_training,
+    resulting_size,
+)
+from models.architectures import architecture_name
+from models.finetuning import FinetuneConfig
+from models.ranks import parts_of_step
 from models.training import TrainingConfig
+from storage.shard_cache import CacheConfig
 from tasks.labeling import LabelingConfig
+from tasks.launching import ONE_LOCAL_PROCESS, LaunchConfig, LocalLaunch
+from tasks.loading import CACHE, LOADER_THREADS, MATERIALIZE, MaterializeChoice
 from tasks.selection import SelectionConfig
+from tasks.training_orders import needs_of
 
 # Stored configs carry this number and are read by flows/opening.py.
 CONFIG_SCHEMA = 1
@@ -39,7 +54,14 @@ class ShardsData(_Config):
     test: str | None = Field(
         default=None, description="Test split, opened once a round by a stage that nothing reads."
     )
-    unlabeled: str = Field(description="The corpus that the teacher labels.")
+    unlabeled: str | None = Field(
+        default=None, description="The corpus that the teacher labels; only rounds: 0 needs none."
+    )
+    exclude: str | None = Field(
+        default=None,
+        description="Text file of sample keys (<shard stem>/<key>), one a line, that no stage may"
+        " read, such as takedowns; in every corpus of the run, and in its fingerprints.",
+    )
 
 
 class DigitsData(_Config):
@@ -56,68 +78,6 @@ class DigitsData(_Config):
 
 
 DataConfig = Annotated[ShardsData | DigitsData, Field(discriminator="kind")]
-
-
-class TrainedTeacher(TrainingConfig):
-    """Round 0 is trained on the labels alone."""
-
-    kind: Literal["train"] = "train"
-    # Narrower than the base's int, which is sound: configs are frozen.
-    unlabeled_ratio: Literal[0] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=0, description="A teacher has labels only."
-    )
-
-    def training(self) -> TrainingConfig:
-        """Return the training settings without the union's tag."""
-        return _plain_training(self, exclude={"kind"})
-
-
-class GivenTeacher(_Config):
-    """Round 0 is a model made by `selftrain import` or by another run of this store."""
-
-    kind: Literal["given"] = "given"
-    model: str = Field(
-        description="`models/<fingerprint>` in the run's store, or the URL that"
-        " `selftrain import` and `selftrain status` print."
-    )
-
-
-TeacherConfig = Annotated[TrainedTeacher | GivenTeacher, Field(discriminator="kind")]
-
-
-class LadderStep(_Config):
-    """What changes in one round's student; absent fields keep the student's own value."""
-
-    architecture: ArchitectureConfig | None = None
-    image_size: int | None = Field(default=None, ge=8, le=1024, description="Pixels a side.")
-    unlabeled_ratio: int | None = Field(
-        default=None, ge=1, le=64, description="Pseudo-labelled images per labelled one."
-    )
-
-
-class StudentConfig(TrainingConfig):
-    """The student of every round; the ladder makes later rounds larger."""
-
-    unlabeled_ratio: int = Field(
-        default=3, ge=1, le=64, description="Pseudo-labelled images for each labelled one."
-    )
-    ladder: tuple[LadderStep, ...] = Field(
-        default=(),
-        description="Step i changes round i + 1; the last step holds for all later rounds.",
-    )
-
-    def for_round(self, round_index: int) -> TrainingConfig:
-        """Return the training settings of the student of round 1, 2, ..."""
-        plain = _plain_training(self, exclude={"ladder"})
-        if not self.ladder:
-            return plain
-        step = self.ladder[min(round_index, len(self.ladder)) - 1]
-        changes = {
-            name: value
-            for name in LadderStep.model_fields
-            if (value := getattr(step, name)) is not None
-        }
-        return plain.model_copy(update=changes)
 
 
 class StopConfig(_Config):
@@ -143,7 +103,12 @@ class SelfTrainingConfig(_Config):
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Everything random in the run derives from it."
     )
-    rounds: int = Field(default=3, ge=1, le=50, description="Students trained after the teacher.")
+    rounds: int = Field(
+        default=3,
+        ge=0,
+        le=50,
+        description="Students trained after the teacher; 0: the teacher alone, on labels.",
+    )
     data: DataConfig
     max_bad_samples: int = Field(
         default=0,
@@ -151,17 +116,27 @@ class SelfTrainingConfig(_Config):
         description="Undecodable images a shard may hold; they are counted, listed and skipped.",
     )
     teacher: TeacherConfig
-    student: StudentConfig
+    student: StudentConfig | None = Field(
+        default=None, description="What every round trains; left out exactly where rounds is 0."
+    )
     labeling: LabelingConfig = LabelingConfig()
     selection: SelectionConfig = SelectionConfig()
     stop: StopConfig = StopConfig()
     baseline: bool = Field(
         default=True,
         description="Train the last student's architecture on labels alone: same noise, optimiser"
-        " and steps, batch_size * (1 + unlabeled_ratio) labelled images a step.",
+        " and steps, as many labelled images a step as the student reads of both kinds, and the"
+        " same stages after it.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA where there is a device, else the CPU."
+    )
+    cache: CacheConfig | None = CACHE
+    loader_threads: int | None = LOADER_THREADS
+    materialize: MaterializeChoice = MATERIALIZE
+    launch: LaunchConfig = Field(
+        default=ONE_LOCAL_PROCESS,
+        description="Who starts the processes of a training, and how many; changes no fingerprint.",
     )
 
     model_config = ConfigDict(
@@ -175,33 +150,135 @@ class SelfTrainingConfig(_Config):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
-        for section, kind in (("data", "shards"), ("teacher", "train")):
+        for section, kind in (("data", "shards"), ("teacher", "train"), ("launch", "local")):
             if isinstance(value.get(section), Mapping) and "kind" not in value[section]:
                 value[section] = {"kind": kind, **value[section]}
         return value
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "SelfTrainingConfig":
-        if len(self.student.ladder) > self.rounds:
+        if self.student is None or self.rounds == 0:
+            self._refuse_without_rounds()
+            return self
+        student = self.student
+        if isinstance(self.data, ShardsData) and self.data.unlabeled is None:
+            raise ValueError("data.unlabeled is missing: the students of every round read it")
+        if len(student.ladder) > self.rounds:
             raise ValueError(
-                f"student.ladder has {len(self.student.ladder)} steps but the run has rounds="
+                f"student.ladder has {len(student.ladder)} steps but the run has rounds="
                 f"{self.rounds}: steps beyond the last round would never be used."
                 " Shorten the ladder or raise rounds"
             )
-        for round_index in range(1, len(self.student.ladder) + 1):
-            step = self.student.for_round(round_index)
-            try:
-                TrainingConfig.model_validate(step.model_dump())
-            except ValidationError as error:
-                rules = [problem["msg"] for problem in error.errors(include_url=False)]
-                raise ValueError(
-                    f"student.ladder, step {round_index}: {'; '.join(rules)}"
-                ) from None
+        for round_index in range(1, max(1, len(student.ladder)) + 1):
+            named = f"student.ladder, step {round_index}" if student.ladder else "student"
+            check_training(student.for_round(round_index), student.followers(), named=named)
+        if isinstance(self.teacher, TrainedTeacher):
+            check_training(self.teacher.training(), self.teacher.followers(), named="teacher")
+        self._refuse_useless_settings(student)
+        self._refuse_other_architectures(student)
+        self._refuse_teachers_of_another_size(student)
         return self
 
+    @model_validator(mode="after")
+    def _steps_divide_among_processes(self) -> "SelfTrainingConfig":
+        launch = self.launch
+        if not isinstance(launch, LocalLaunch) or launch.processes == "auto":
+            return self
+        trainings: list[tuple[str, TrainingConfig, tuple[tuple[str, FinetuneConfig], ...]]] = []
+        if isinstance(self.teacher, TrainedTeacher):
+            trainings.append(("teacher", self.teacher.training(), self.teacher.followers()))
+        if self.student is not None:
+            followers = self.student.followers()
+            for round_index in range(1, max(1, len(self.student.ladder)) + 1):
+                trainings.append(("student", self.student.for_round(round_index), followers))
+        for name, training, after in trainings:
+            named = ((f"{name}.{role}", one.training(training)) for role, one in after)
+            for where, config in ((name, training), *named):
+                try:
+                    parts_of_step(config, launch.processes)
+                except ValueError as error:
+                    raise ValueError(
+                        f"launch.processes={launch.processes} does not fit {where}: {error}"
+                    ) from None
+        return self
 
-def _plain_training(config: TrainingConfig, *, exclude: set[str]) -> TrainingConfig:
-    fields = {
-        name: getattr(config, name) for name in TrainingConfig.model_fields if name not in exclude
-    }
-    return TrainingConfig.model_construct(**fields)
+    def _refuse_without_rounds(self) -> None:
+        """Refuse a student without rounds, rounds without a student, and a baseline of nothing."""
+        if self.rounds > 0:
+            raise ValueError(
+                f"student is missing: rounds={self.rounds} students are to be trained. Describe"
+                " it, or set rounds: 0 for the teacher alone"
+            )
+        useless = [
+            name
+            for name, is_given in (
+                ("student", self.student is not None),
+                ("baseline", self.baseline),
+                *_changed_sections(self),
+            )
+            if is_given
+        ]
+        if useless:
+            raise ValueError(
+                f"rounds=0 trains the teacher alone, so {', '.join(useless)} cannot take effect:"
+                " leave it out (baseline: false), or raise rounds"
+            )
+        if isinstance(self.teacher, TrainedTeacher):
+            check_training(self.teacher.training(), self.teacher.followers(), named="teacher")
+
+    def _refuse_useless_settings(self, student: StudentConfig) -> None:
+        """Refuse what an objective that labels while it trains would leave unread."""
+        all_needs = [needs_of(student.for_round(i)) for i in range(1, self.rounds + 1)]
+        useless = [name for name, is_changed in _changed_sections(self) if is_changed]
+        if useless and not any(needs.selection for needs in all_needs):
+            raise ValueError(
+                f"student.objective.kind={student.objective.kind} reads no stored pseudo-labels,"
+                f" so {', '.join(useless)} cannot take effect: leave it out"
+            )
+        reads_teacher = any(needs.selection or needs.teacher for needs in all_needs)
+        if self.rounds > 1 and not reads_teacher and not isinstance(student.init, TeacherInit):
+            raise ValueError(
+                f"rounds={self.rounds}, but a student with objective.kind={student.objective.kind}"
+                " reads nothing of its teacher: later rounds would repeat the first under another"
+                " seed. Set rounds: 1, or init: {kind: teacher}"
+            )
+
+    def _refuse_other_architectures(self, student: StudentConfig) -> None:
+        """Refuse weights to start from that cannot fit every round's network."""
+        if isinstance(student.init, ScratchInit):
+            return
+        students = [student.for_round(i).architecture for i in range(1, self.rounds + 1)]
+        chain = [("student", one) for one in students]
+        if isinstance(student.init, TeacherInit) and isinstance(self.teacher, TrainedTeacher):
+            chain = [("teacher", self.teacher.architecture), *chain]
+        for (before, one), (_, other) in pairwise(chain):
+            if architecture_name(one) != architecture_name(other):
+                raise ValueError(
+                    f"student.init.kind={student.init.kind} takes weights over, but a student is a"
+                    f" {architecture_name(other)} and the {before} before it a"
+                    f" {architecture_name(one)}: give them one architecture, or init: scratch"
+                )
+
+    def _refuse_teachers_of_another_size(self, student: StudentConfig) -> None:
+        """Refuse a teacher that would be shown a student's views at a size it is not made for."""
+        teacher_size = None  # of a given one: known when the training loads it
+        if isinstance(self.teacher, TrainedTeacher):
+            teacher_size = resulting_size(self.teacher.training(), self.teacher.followers())
+        for round_index in range(1, self.rounds + 1):
+            config = student.for_round(round_index)
+            sizes = (teacher_size, config.image_size)
+            if needs_of(config).teacher and teacher_size is not None and len(set(sizes)) > 1:
+                raise ValueError(
+                    f"student.objective.kind={config.objective.kind} shows the teacher of round"
+                    f" {round_index}, made for {teacher_size} pixels, the student's own views of"
+                    f" {config.image_size}: give both one image_size"
+                )
+            teacher_size = resulting_size(config, student.followers())
+
+
+def _changed_sections(config: SelfTrainingConfig) -> tuple[tuple[str, bool], ...]:
+    """Return the sections on stored pseudo-labels and whether anything in them was chosen."""
+    return (
+        ("labeling", config.labeling != LabelingConfig()),
+        ("selection", config.selection != SelectionConfig()),
+    )

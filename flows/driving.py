@@ -1,28 +1,32 @@
 """Carries out the stages of one run: records what it refers to, runs the task, says what came."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import TerminationSignal
 
-from flows.graph import EvaluationKind, ModelRef, RunGraph, View
+from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
 from flows.labeling import label_corpus
 from flows.opening import OpenRun
+from flows.reading_costs import refuse_small_disk
 from flows.run_status import RunStatus, read_status, status_table, write_status_view
 from flows.selection import select_pseudo_labels
 from models.architectures import architecture_name
-from models.training import TrainingConfig
+from storage.corpus import load_corpus
 from storage.manifest import Manifest
 from storage.runs import append_event
 from storage.store import conditional_create_works
 from tasks import stages
 from tasks.classifiers import read_description
 from tasks.evaluation import read_report
+from tasks.launching import LocalLaunch
+from tasks.loading import LoadingConfig
 from tasks.report import write_report
 from tasks.specifications import Specification
 from tasks.training import TrainingStopped
@@ -31,7 +35,14 @@ from tasks.training_orders import TrainingOrder
 
 @contextmanager
 def driving(run: OpenRun) -> "Iterator[RunDriver]":
-    """Yield the driver of a run and record in the store how this attempt began and ended."""
+    """Yield the driver of a run and record in the store how this attempt began and ended.
+
+    Raises: CacheTooSmall, before anything is computed, if this machine's trainings have no room.
+    """
+    config, pins = run.config, run.pins
+    if config.cache is not None and isinstance(config.launch, LocalLaunch):
+        digests = [pins.labeled, *([] if pins.unlabeled is None else [pins.unlabeled])]
+        refuse_small_disk(config.cache, [load_corpus(run.store, digest) for digest in digests])
     append_event(
         run.store,
         run.name,
@@ -76,10 +87,15 @@ class RunDriver:
 
     def train_teacher(self) -> ModelRef:
         """Train the model of round 0 on the labels alone, or take the given one."""
-        training = self.graph.teacher()
-        if training is not None:
-            self._train(*training, title="round 0 · teacher", role="teacher")
+        self._train(self.graph.teacher(), title="round 0")
         return self.graph.first_model()
+
+    def reads_stored_labels(self, round_index: int) -> bool:
+        """Return whether the round's student learns from labels made and selected beforehand.
+
+        Online objectives (FixMatch, a teacher that is called while training) do not.
+        """
+        return self.graph.needs(round_index).selection
 
     def label(self, teacher: ModelRef, round_index: int) -> None:
         """Label the corpus with the teacher."""
@@ -92,7 +108,7 @@ class RunDriver:
             lambda: label_corpus.with_options(flow_run_name=title)(
                 store=self.run.store.url,
                 model=teacher.fingerprint,
-                corpus=self.run.pins.unlabeled,
+                corpus=self.graph.unlabeled,
                 config=self.run.config.labeling,
                 class_names=list(self.run.pins.class_names),
                 device=self.run.config.device,
@@ -120,23 +136,23 @@ class RunDriver:
                 seed=self.run.config.seed,
                 round_index=round_index,
                 label=title,
+                labeled=self.run.pins.labeled,
                 return_state=True,
             ),
         )
 
     def train_student(self, teacher: ModelRef, round_index: int) -> ModelRef:
-        """Train the round's student under noise on labels and pseudo-labels together."""
-        specification, config = self.graph.student(teacher, round_index)
-        self._train(specification, config, title=f"round {round_index} · student", role="student")
+        """Train the round's student under noise, and what its order of training puts after it."""
+        self._train(self.graph.student(teacher, round_index), title=f"round {round_index}")
         return self.graph.student_model(teacher, round_index)
 
     def train_baseline(self, last_round: int) -> None:
         """Train and test the last student's network on labels alone, with the same budget."""
         if not self.run.config.baseline:
             return
-        specification, config = self.graph.baseline(last_round)
-        self._train(specification, config, title="baseline", role="baseline")
-        model = ModelRef(specification.fingerprint, View.of(config), last_round)
+        trainings = self.graph.baseline(last_round)
+        self._train(trainings, title="baseline", event_role="baseline")
+        model = model_of(trainings)
         self._evaluate("validate", model, title="baseline · validate", role="baseline")
         if self.run.pins.test is not None:
             self._evaluate("test", model, title="baseline · test", role="baseline")
@@ -202,24 +218,46 @@ class RunDriver:
         return read_status(self.run.store, self.run.name)
 
     def _train(
-        self, specification: Specification, config: TrainingConfig, *, title: str, role: str
-    ) -> Manifest:
-        round_index = specification.settings["round_index"]
-        named = f"{title} ({architecture_name(config.architecture)})"
-        order = TrainingOrder(specification, config, self.run.config.max_bad_samples)
-        return self._carry_out(
-            specification,
-            round_index,
-            role,
-            lambda: stages.train.with_options(task_run_name=named)(
-                self.run.store,
-                order,
-                device=self.run.config.device,
-                label=title,
-                artifact=self._artifact(round_index, role),
-                return_state=True,
-            ),
-        )
+        self, trainings: Sequence[Training], *, title: str, event_role: str | None = None
+    ) -> None:
+        """Carry out the trainings of a model one after the other.
+
+        Args:
+            trainings: each starts from the model of the one before.
+            title: of the first's model; the stages are named behind it.
+            event_role: of all of them in the events; default: each its own.
+        """
+        for specification, config in trainings:
+            round_index, part = (specification.settings[key] for key in ("round_index", "role"))
+            role = event_role or part
+            label = title if part == title else f"{title} · {part.replace('_', ' ')}"
+            named = f"{label} ({architecture_name(config.architecture)})"
+            artifact = self._artifact(round_index, role if role == part else f"{role}-{part}")
+            order = TrainingOrder(
+                specification,
+                config,
+                self.run.config.max_bad_samples,
+                LoadingConfig(
+                    cache=self.run.config.cache,
+                    loader_threads=self.run.config.loader_threads,
+                    materialize=self.run.config.materialize,
+                ),
+            )
+            self._carry_out(
+                specification,
+                round_index,
+                role,
+                partial(
+                    stages.train.with_options(task_run_name=named),
+                    self.run.store,
+                    order,
+                    device=self.run.config.device,
+                    label=label,
+                    artifact=artifact,
+                    launch=self.run.config.launch,
+                    return_state=True,
+                ),
+            )
 
     def _evaluate(self, kind: EvaluationKind, model: ModelRef, *, title: str, role: str) -> float:
         specification = self.graph.evaluate(kind, model)
@@ -251,6 +289,8 @@ class RunDriver:
             "round_index": round_index,
             "fingerprint": specification.fingerprint,
         }
+        if specification.kind == "train":
+            facts["part"] = specification.settings["role"]
         # Before it is used, so that garbage collection sees what a run is about to need.
         append_event(self.run.store, self.run.name, "stage_referenced", **facts)
         started = time.monotonic()
@@ -274,7 +314,7 @@ class RunDriver:
         return manifest
 
     def _artifact(self, round_index: int, role: str) -> str:
-        return f"progress-{_key(self.run.name)}-r{round_index}-{role}"
+        return f"progress-{_key(self.run.name)}-r{round_index}-{_key(role)}"
 
 
 def _role(model: ModelRef) -> str:

@@ -1,14 +1,24 @@
 """The specifications of a run's stages: known before anything is computed."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, assert_never
 
-from flows.config import SelfTrainingConfig, TrainedTeacher
+from flows.config import SelfTrainingConfig
 from flows.opening import Pins
+from flows.starting_weights import (
+    ModelInit,
+    PretrainedInit,
+    ScratchInit,
+    StudentInitConfig,
+    TeacherInit,
+)
+from flows.trained_models import StudentConfig, TrainedTeacher
+from models.finetuning import FinetuneConfig
 from models.training import TrainingConfig
 from tasks import evaluation, labeling, selection
 from tasks.specifications import Specification
-from tasks.training_orders import baseline_config
+from tasks.training_orders import FollowerRole, Needs, Role, baseline_config, needs_of
 from tasks.training_orders import specify as specify_training
 
 EvaluationKind = Literal["validate", "test"]
@@ -51,6 +61,18 @@ class ModelRef:
     round_index: int
 
 
+class Training(NamedTuple):
+    """One training of a model's chain; the last one's model is what the chain is for."""
+
+    specification: Specification
+    config: TrainingConfig
+
+    @property
+    def role(self) -> Role:
+        """What the training is in its chain."""
+        return self.specification.settings["role"]
+
+
 @dataclass(frozen=True)
 class RunGraph:
     """Makes the specification of every stage of one run from config and pins alone."""
@@ -59,18 +81,21 @@ class RunGraph:
     pins: Pins
     given_view: View | None = None
 
-    def teacher(self) -> tuple[Specification, TrainingConfig] | None:
-        """Return the training of round 0, or None where the teacher is given."""
-        if not isinstance(self.config.teacher, TrainedTeacher):
-            return None
-        config = self.config.teacher.training()
-        return self._train(config, round_index=0, role="teacher", selection=None), config
+    def teacher(self) -> tuple[Training, ...]:
+        """Return the trainings of round 0 in their order; none where the teacher is given."""
+        teacher = self.config.teacher
+        if not isinstance(teacher, TrainedTeacher):
+            return ()
+        config = teacher.training()
+        init = self._init(teacher.init, self.pins.teacher_init, teacher=None)
+        first = self._train(config, round_index=0, role="teacher", init=init)
+        return self._chain(first, teacher.followers())
 
     def first_model(self) -> ModelRef:
         """Return the model of round 0."""
-        training = self.teacher()
-        if training is not None:
-            return ModelRef(training[0].fingerprint, View.of(training[1]), 0)
+        trainings = self.teacher()
+        if trainings:
+            return model_of(trainings)
         assert self.pins.given_teacher is not None
         assert self.given_view is not None
         return ModelRef(self.pins.given_teacher, self.given_view, 0)
@@ -98,7 +123,7 @@ class RunGraph:
 
     def label(self, teacher: ModelRef) -> Specification:
         """Return the labelling of the corpus by a teacher."""
-        return labeling.specify(labeler=self.labeler(teacher), corpus=self.pins.unlabeled)
+        return labeling.specify(labeler=self.labeler(teacher), corpus=self.unlabeled)
 
     def select(self, teacher: ModelRef, round_index: int) -> Specification:
         """Return the selection of a round's pseudo-labels."""
@@ -106,23 +131,33 @@ class RunGraph:
             self.config.selection,
             labeling=self.label(teacher).fingerprint,
             validation=self.evaluate("validate", teacher).fingerprint,
+            labeled=self.pins.labeled,
             seed=self.config.seed,
             round_index=round_index,
         )
 
-    def student(self, teacher: ModelRef, round_index: int) -> tuple[Specification, TrainingConfig]:
-        """Return the training of a round's student."""
-        config = self.config.student.for_round(round_index)
-        chosen = self.select(teacher, round_index).fingerprint
-        return (
-            self._train(config, round_index=round_index, role="student", selection=chosen),
+    def needs(self, round_index: int) -> Needs:
+        """Return what a round's student reads of its teacher and the unlabelled corpus."""
+        return needs_of(self._student.for_round(round_index))
+
+    def student(self, teacher: ModelRef, round_index: int) -> tuple[Training, ...]:
+        """Return the trainings of a round's student in their order."""
+        config = self._student.for_round(round_index)
+        needs = self.needs(round_index)
+        first = self._train(
             config,
+            round_index=round_index,
+            role="student",
+            init=self._init(self._student.init, self.pins.student_init, teacher=teacher),
+            selection=self.select(teacher, round_index).fingerprint if needs.selection else None,
+            unlabeled=self.unlabeled if needs.unlabeled else None,
+            teacher=teacher.fingerprint if needs.teacher else None,
         )
+        return self._chain(first, self._student.followers())
 
     def student_model(self, teacher: ModelRef, round_index: int) -> ModelRef:
         """Return the model of a round's student."""
-        specification, config = self.student(teacher, round_index)
-        return ModelRef(specification.fingerprint, View.of(config), round_index)
+        return model_of(self.student(teacher, round_index))
 
     def promote(self, teacher: ModelRef, student: ModelRef) -> Specification:
         """Return the comparison of teacher and student on dev."""
@@ -131,23 +166,80 @@ class RunGraph:
             student=self.evaluate("validate", student).fingerprint,
         )
 
-    def baseline(self, last_round: int) -> tuple[Specification, TrainingConfig]:
-        """Return the training of the last student's network on labels alone."""
-        config = baseline_config(self.config.student.for_round(last_round))
-        return (
-            self._train(config, round_index=last_round, role="baseline", selection=None),
-            config,
-        )
+    def baseline(self, last_round: int) -> tuple[Training, ...]:
+        """Return the trainings of the last student's network on labels alone.
+
+        The stages after the student's training follow here, too. Where students start from their
+        teachers, the baseline starts from the model of round 0, which has seen labels alone (or was
+        given): the same lead without pseudo-labels.
+        """
+        config = baseline_config(self._student.for_round(last_round))
+        init = self._init(self._student.init, self.pins.student_init, teacher=self.first_model())
+        first = self._train(config, round_index=last_round, role="baseline", init=init)
+        return self._chain(first, self._student.followers())
+
+    @property
+    def unlabeled(self) -> str:
+        """The digest of the unlabelled corpus."""
+        assert self.pins.unlabeled is not None, "runs with rounds have an unlabelled corpus"
+        return self.pins.unlabeled
+
+    @property
+    def _student(self) -> StudentConfig:
+        assert self.config.student is not None, "runs with rounds have a student"
+        return self.config.student
+
+    def _chain(
+        self, first: Training, followers: Sequence[tuple[FollowerRole, FinetuneConfig]]
+    ) -> tuple[Training, ...]:
+        """Return a training and the stages after it, each of which starts from the one before."""
+        trainings = [first]
+        for role, follower in followers:
+            before = trainings[-1].specification
+            trainings.append(
+                self._train(
+                    # Of the first one's settings: what a stage leaves open is as in training.
+                    follower.training(first.config),
+                    round_index=before.settings["round_index"],
+                    role=role,
+                    init={"init": before.fingerprint},
+                    frozen_fraction=follower.frozen_fraction,
+                )
+            )
+        return tuple(trainings)
+
+    def _init(
+        self, init: StudentInitConfig, pinned: str | None, *, teacher: ModelRef | None
+    ) -> dict[str, str]:
+        """Return the inputs that a training starts from."""
+        match init:
+            case ScratchInit():
+                return {}
+            case TeacherInit():
+                assert teacher is not None, "a teacher's own config knows no such kind"
+                return {"init": teacher.fingerprint}
+            case ModelInit():
+                assert pinned is not None, "pinned when the run was opened"
+                return {"init": pinned}
+            case PretrainedInit():
+                assert pinned is not None, "pinned when the run was opened"
+                return {"init_weights": pinned}
+            case _ as unreachable:
+                assert_never(unreachable)
 
     def _train(
         self,
         config: TrainingConfig,
         *,
         round_index: int,
-        role: Literal["teacher", "student", "baseline"],
-        selection: str | None,
-    ) -> Specification:
-        return specify_training(
+        role: Role,
+        init: Mapping[str, str],
+        selection: str | None = None,
+        unlabeled: str | None = None,
+        teacher: str | None = None,
+        frozen_fraction: float = 0.0,
+    ) -> Training:
+        specification = specify_training(
             config,
             seed=self.config.seed,
             round_index=round_index,
@@ -155,4 +247,16 @@ class RunGraph:
             class_names=self.pins.class_names,
             labeled=self.pins.labeled,
             selection=selection,
+            unlabeled=unlabeled,
+            teacher=teacher,
+            init=init,
+            frozen_fraction=frozen_fraction,
         )
+        return Training(specification, config)
+
+
+def model_of(trainings: Sequence[Training]) -> ModelRef:
+    """Return the model that a chain of trainings ends with."""
+    specification, config = trainings[-1]
+    round_index = specification.settings["round_index"]
+    return ModelRef(specification.fingerprint, View.of(config), round_index)

@@ -1,28 +1,25 @@
 """Open a run: resolve what its config names, pin it in the store, and read the pins on resume."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from flows.config import (
-    CONFIG_SCHEMA,
-    DigitsData,
-    GivenTeacher,
-    SelfTrainingConfig,
-    ShardsData,
-    TrainedTeacher,
-)
+from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
+from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
+from flows.trained_models import GivenTeacher, StudentConfig, TrainedTeacher
 from models.training import TrainingConfig
 from storage.addresses import canonical_json, sha256_hex
 from storage.corpus import Corpus, EmptyCorpus, load_corpus, save_corpus
+from storage.exclusion import Exclusion, exclude, read_keys
 from storage.indexing import ShardIndex, corpus_from_index, index_shards, read_index, write_index
 from storage.manifest import UnknownSchema
 from storage.patterns import below_root, expand_shards
 from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
-from tasks.classifiers import ClassesMismatch, class_order, model_manifest, read_description
+from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
 from tasks.progress import Progress, report
 
@@ -39,17 +36,22 @@ class Pins:
         labeled: digest of the labelled corpus.
         dev: digest of the dev split.
         test: digest of the test split, None without one.
-        unlabeled: digest of the corpus to label.
+        unlabeled: digest of the corpus to label; None only in a run without rounds.
         class_names: label space: output i of every model is class_names[i].
         given_teacher: fingerprint of the teacher, None where round 0 is trained.
+        teacher_init: of the weights that the teacher starts from: a model's fingerprint or the
+            sha256 of stored weights, as `teacher.init.kind` says; None: fresh ones.
+        student_init: likewise; None also where students start from their teachers.
     """
 
     labeled: str
     dev: str
     test: str | None
-    unlabeled: str
+    unlabeled: str | None
     class_names: tuple[str, ...]
     given_teacher: str | None = None
+    teacher_init: str | None = None
+    student_init: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,19 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
             class_order(labeled.class_names, split.class_names, model="data.labeled")
         except ClassesMismatch as error:
             raise ClassesMismatch(f"data.{name}: {error}") from None
-    unlabeled = _corpus(store, data, "unlabeled", data.unlabeled)
+    unlabeled = None
+    if config.rounds > 0 and data.unlabeled is not None:
+        unlabeled = _corpus(store, data, "unlabeled", data.unlabeled)
     _check_disjoint({"labeled": labeled, "dev": dev, "test": test, "unlabeled": unlabeled})
     return Pins(
         labeled=labeled.digest,
         dev=dev.digest,
         test=None if test is None else test.digest,
-        unlabeled=unlabeled.digest,
+        unlabeled=None if unlabeled is None else unlabeled.digest,
         class_names=labeled.class_names,
         given_teacher=_given_teacher(store, config, labeled.class_names),
+        teacher_init=_teacher_init(store, config),
+        student_init=_student_init(store, config),
     )
 
 
@@ -184,8 +190,27 @@ def _corpus(store: Store, data: ShardsData, split: str, pattern: str) -> Corpus:
         corpus, locations = corpus_from_index(index)
     except EmptyCorpus as error:
         raise EmptyCorpus(f"data.{split} = {pattern!r}: {error}") from None
+    if data.exclude is not None:
+        exclusion = _excluded(corpus, locations, data, split)
+        corpus = exclusion.corpus
     save_corpus(store, corpus, locations)
     return corpus
+
+
+def _excluded(
+    corpus: Corpus, locations: Mapping[str, str], data: ShardsData, split: str
+) -> Exclusion:
+    """Take the samples that must not be read out of a split."""
+    assert data.exclude is not None
+    url = below_root(data.exclude, data.root)
+    try:
+        exclusion = exclude(corpus, locations, read_keys(url))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.exclude = {data.exclude!r}: {error}") from error
+    except EmptyCorpus as error:
+        raise EmptyCorpus(f"data.exclude = {data.exclude!r} leaves nothing of {split}") from error
+    _log.info("data.exclude: %d samples of data.%s are left out", len(exclusion.found), split)
+    return exclusion
 
 
 def _fresh_index(store: Store, split: str, located: str) -> ShardIndex:
@@ -225,10 +250,7 @@ def _check_labels(corpus: Corpus, key: str, *, every_class: bool) -> None:
 
 def _check_lengths(config: SelfTrainingConfig, num_labeled: int) -> None:
     """Refuse a warm-up as long as its training now, and not after hours of other stages."""
-    trainings: dict[str, TrainingConfig] = {"student": config.student}
-    if isinstance(config.teacher, TrainedTeacher):
-        trainings["teacher"] = config.teacher
-    for name, training in trainings.items():
+    for name, training in _trainings(config):
         if training.warmup is None:
             continue
         steps, warmup = (
@@ -242,17 +264,30 @@ def _check_lengths(config: SelfTrainingConfig, num_labeled: int) -> None:
             )
 
 
+def _trainings(config: SelfTrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
+    """Yield the trainings of a config by their keys, with the stages after them."""
+    sections: list[tuple[str, TrainedTeacher | StudentConfig, TrainingConfig]] = []
+    if isinstance(config.teacher, TrainedTeacher):
+        sections.append(("teacher", config.teacher, config.teacher.training()))
+    if config.student is not None:
+        sections.append(("student", config.student, config.student.for_round(1)))
+    for name, section, training in sections:
+        yield name, training
+        for role, follower in section.followers():
+            yield f"{name}.{role}", follower.training(training)
+
+
 def _check_disjoint(splits: dict[str, Corpus | None]) -> None:
     """Refuse a shard that serves two splits: accuracies would be measured on training data."""
     seen: dict[str, str] = {}
     for name, corpus in splits.items():
         for shard in corpus.shards if corpus else ():
-            if shard.digest in seen and seen[shard.digest] != name:
+            if shard.tar_digest in seen and seen[shard.tar_digest] != name:
                 raise ValueError(
-                    f"shard {shard.stem} is in data.{seen[shard.digest]} and in data.{name}:"
+                    f"shard {shard.stem} is in data.{seen[shard.tar_digest]} and in data.{name}:"
                     " splits must not share images"
                 )
-            seen[shard.digest] = name
+            seen[shard.tar_digest] = name
 
 
 def _given_teacher(
@@ -260,14 +295,26 @@ def _given_teacher(
 ) -> str | None:
     if not isinstance(config.teacher, GivenTeacher):
         return None
-    url = config.teacher.model.rstrip("/")
-    fingerprint = url.rpartition("/")[2]
-    if ("://" in url or url.startswith("/")) and url != store.url_of(f"models/{fingerprint}"):
-        raise ValueError(
-            f"teacher.model = {url} lies outside the run's store {store.url}; import it there:"
-            f" selftrain import ... --store {store.url}"
-        )
-    model_manifest(store, fingerprint)
+    fingerprint = model_in_store(store, config.teacher.model, key="teacher.model")
     theirs = read_description(store, fingerprint).class_names
-    class_order(theirs, class_names, model=f"teacher.model = {url}")
+    class_order(theirs, class_names, model=f"teacher.model = {config.teacher.model}")
     return fingerprint
+
+
+def _teacher_init(store: Store, config: SelfTrainingConfig) -> str | None:
+    teacher = config.teacher
+    if not isinstance(teacher, TrainedTeacher):
+        return None
+    return pin_init(store, teacher.init, teacher.architecture, key="teacher")
+
+
+def _student_init(store: Store, config: SelfTrainingConfig) -> str | None:
+    student = config.student
+    if student is None:
+        return None
+    architecture = student.for_round(1).architecture
+    if isinstance(student.init, TeacherInit) and isinstance(config.teacher, GivenTeacher):
+        # The one teacher whose network the config does not tell.
+        model_init = ModelInit(model=config.teacher.model)
+        pin_init(store, model_init, architecture, key="student")
+    return pin_init(store, student.init, architecture, key="student")

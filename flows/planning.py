@@ -1,19 +1,22 @@
 """What a run would compute and what it would find in the store, before anything is spent."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flows.config import SelfTrainingConfig
-from flows.graph import ModelRef, RunGraph, View
+from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
+from flows.reading_costs import ReadBytes, ReadingCosts, read_once, stream_reads
 from storage.checkpoints import newest_checkpoint
-from storage.corpus import load_corpus
+from storage.corpus import Corpus, load_corpus
 from storage.manifest import read_provenance
 from storage.runs import UnknownRun
 from storage.store import Store
 from tasks.classifiers import read_description
 from tasks.labeling import shards_to_label
-from tasks.specifications import Specification
+from tasks.specifications import Specification, read_result
+from tasks.training_orders import images_per_step
 
 PLAN_SCHEMA = 1
 _BYTES_PER_PREDICTION = 60  # key and scalar columns; 2 more a class
@@ -25,6 +28,7 @@ class PlannedStage:
 
     Attributes:
         kind: of the stage.
+        part: of a training: teacher, student, baseline, finetune or resolution_fix; else None.
         round_index: 0 for the teacher.
         fingerprint: where its result is or will be.
         assumed: it depends on a promotion that has not happened yet.
@@ -35,6 +39,10 @@ class PlannedStage:
         estimated_seconds: 0 where it is reused; else from the rate of finished stages of this run
             that are like it, None where there is none.
         estimated_bytes: to be written; None where unknown.
+        read_bytes: of shards, fetched from where they lie if no cache is used; 0 where it is
+            reused.
+        read_bytes_cached: likewise with the config's cache, or with one that holds everything where
+            the config has none. Labelling and evaluation read once, past the cache.
     """
 
     kind: str
@@ -43,10 +51,13 @@ class PlannedStage:
     assumed: bool
     state: str
     samples: int
+    part: str | None = None
     shards_done: int | None = None
     shards: int | None = None
     estimated_seconds: float | None = None
     estimated_bytes: int | None = None
+    read_bytes: int = 0
+    read_bytes_cached: int = 0
 
 
 def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
@@ -81,6 +92,11 @@ class _Planner:
     # Kind and, for trainings, network and image size -> (seconds, samples) of finished stages.
     measured: dict[str, tuple[float, int]] = field(default_factory=dict)
     likeness: dict[str, str] = field(default_factory=dict)
+    costs: ReadingCosts = field(init=False)
+
+    def __post_init__(self) -> None:
+        cache = self.config.cache
+        self.costs = ReadingCosts(None if cache is None else cache.max_bytes)
 
     def estimated_stages(self) -> list[PlannedStage]:
         """Return the stages with the seconds that those still to do will take."""
@@ -88,63 +104,87 @@ class _Planner:
 
     def stages(self) -> list[PlannedStage]:
         teacher = self.graph.first_model()
-        found: list[PlannedStage] = []
-        training = self.graph.teacher()
-        if training is not None:
-            found.append(self._training(training[0], training[1], 0, assumed=False))
+        found = self._trainings(self.graph.teacher(), assumed=False)
         found += self._evaluations(teacher, assumed=False)
         for round_index in range(1, self.config.rounds + 1):
             # A student is trained on this round's teacher whatever comes; that the teacher is the
             # last student is an assumption from round 2 on.
             assumed = round_index > 1
-            found.append(self._label(teacher, round_index, assumed=assumed))
-            selection = self.graph.select(teacher, round_index)
-            found.append(self._stage(selection, round_index, self._corpus_size(), assumed=assumed))
-            specification, training_config = self.graph.student(teacher, round_index)
-            found.append(
-                self._training(specification, training_config, round_index, assumed=assumed)
-            )
+            if self.graph.needs(round_index).selection:
+                found.append(self._label(teacher, round_index, assumed=assumed))
+                selection = self.graph.select(teacher, round_index)
+                size = self._size(self.graph.unlabeled)
+                found.append(self._stage(selection, round_index, size, assumed=assumed))
+            found += self._trainings(self.graph.student(teacher, round_index), assumed=assumed)
             student = self.graph.student_model(teacher, round_index)
             found += self._evaluations(student, assumed=assumed)
             promotion = self.graph.promote(teacher, student)
-            found.append(self._stage(promotion, round_index, self._dev_size(), assumed=assumed))
+            dev_size = self._size(self.pins.dev)
+            found.append(self._stage(promotion, round_index, dev_size, assumed=assumed))
             teacher = student
         if self.config.baseline:
-            last = self.config.rounds
-            specification, training_config = self.graph.baseline(last)
-            found.append(self._training(specification, training_config, last, assumed=last > 1))
-            model = ModelRef(specification.fingerprint, View.of(training_config), last)
-            found += self._evaluations(model, assumed=last > 1)
+            trainings = self.graph.baseline(self.config.rounds)
+            assumed = self.config.rounds > 1
+            found += self._trainings(trainings, assumed=assumed)
+            found += self._evaluations(model_of(trainings), assumed=assumed)
         return found
 
     def _evaluations(self, model: ModelRef, *, assumed: bool) -> list[PlannedStage]:
-        found = [
-            self._stage(
-                self.graph.evaluate("validate", model),
-                model.round_index,
-                self._dev_size(),
-                assumed=assumed,
-            )
+        splits: list[tuple[EvaluationKind, str | None]] = [
+            ("validate", self.pins.dev),
+            ("test", self.pins.test),
         ]
-        if self.pins.test is not None:
-            size = load_corpus(self.store, self.pins.test).num_samples
-            test = self.graph.evaluate("test", model)
-            found.append(self._stage(test, model.round_index, size, assumed=assumed))
+        found: list[PlannedStage] = []
+        for kind, digest in splits:
+            if digest is None:
+                continue
+            corpus = load_corpus(self.store, digest)
+            specification = self.graph.evaluate(kind, model)
+            planned = self._stage(
+                specification, model.round_index, corpus.num_samples, assumed=assumed
+            )
+            found.append(_reading(planned, read_once(corpus.num_bytes)))
         return found
 
-    def _training(
-        self, specification: Specification, config: Any, round_index: int, *, assumed: bool
-    ) -> PlannedStage:
-        num_labeled = load_corpus(self.store, self.pins.labeled).num_samples
-        steps = config.duration.to_steps(config.batch_size, num_labeled)
-        samples = steps * config.batch_size * (1 + config.unlabeled_ratio)
-        is_begun = (
-            newest_checkpoint(self.store, specification.fingerprint, verify=False) is not None
-        )
-        return self._stage(specification, round_index, samples, assumed=assumed, is_begun=is_begun)
+    def _trainings(self, trainings: Sequence[Training], *, assumed: bool) -> list[PlannedStage]:
+        labeled = load_corpus(self.store, self.pins.labeled)
+        found: list[PlannedStage] = []
+        for specification, config in trainings:
+            steps = config.duration.to_steps(config.batch_size, labeled.num_samples)
+            begun = newest_checkpoint(self.store, specification.fingerprint, verify=False)
+            planned = self._stage(
+                specification,
+                specification.settings["round_index"],
+                steps * images_per_step(config).all,
+                assumed=assumed,
+                is_begun=begun is not None,
+            )
+            if planned.state != "reused":
+                reads = stream_reads(
+                    config,
+                    steps=steps - (0 if begun is None else begun.step),
+                    labeled=labeled,
+                    unlabeled=self._unlabeled_of(specification),
+                    num_selected=self._num_selected(specification),
+                )
+                planned = _reading(planned, self.costs.of_training(reads))
+            found.append(replace(planned, part=specification.settings["role"]))
+        return found
+
+    def _unlabeled_of(self, training: Specification) -> Corpus | None:
+        if not {"selection", "unlabeled"} & training.inputs.keys():
+            return None
+        return load_corpus(self.store, self.graph.unlabeled)
+
+    def _num_selected(self, training: Specification) -> int | None:
+        fingerprint = training.inputs.get("selection")
+        if fingerprint is None:
+            return None
+        selection = read_result(self.store, "select", fingerprint)
+        return None if selection is None else sum(selection.counts["items"].values())
 
     def _label(self, teacher: ModelRef, round_index: int, *, assumed: bool) -> PlannedStage:
-        corpus = load_corpus(self.store, self.pins.unlabeled)
+        corpus = load_corpus(self.store, self.graph.unlabeled)
         missing = shards_to_label(self.store, self.graph.labeler(teacher), corpus)
         num_missing = sum(shard.num_samples for shard in missing)
         planned = self._stage(
@@ -155,6 +195,7 @@ class _Planner:
             is_begun=len(missing) < len(corpus.shards),
         )
         row_bytes = _BYTES_PER_PREDICTION + 2 * len(self.pins.class_names)
+        planned = _reading(planned, read_once(sum(shard.num_bytes for shard in missing)))
         return replace(
             planned,
             shards_done=len(corpus.shards) - len(missing),
@@ -204,8 +245,12 @@ class _Planner:
         share = 1.0 if not stage.shards else 1 - (stage.shards_done or 0) / stage.shards
         return replace(stage, estimated_seconds=seconds / samples * stage.samples * share)
 
-    def _corpus_size(self) -> int:
-        return load_corpus(self.store, self.pins.unlabeled).num_samples
+    def _size(self, digest: str) -> int:
+        return load_corpus(self.store, digest).num_samples
 
-    def _dev_size(self) -> int:
-        return load_corpus(self.store, self.pins.dev).num_samples
+
+def _reading(stage: PlannedStage, read: ReadBytes) -> PlannedStage:
+    """Return the stage with what it will read; a reused one reads nothing."""
+    if stage.state == "reused":
+        return stage
+    return replace(stage, read_bytes=read.uncached, read_bytes_cached=read.cached)

@@ -236,13 +236,16 @@ def _add_stage(
     target.stages.append(
         {
             "kind": kind,
+            # Events of earlier versions know a single training a model, which is its role.
+            "part": stage.get("part", stage["role"]) if kind == "train" else None,
             "fingerprint": fingerprint,
             "state": state,
             "seconds": provenance.get("seconds"),
         }
     )
     if kind == "train":
-        target.fingerprint = fingerprint
+        # Of several trainings of a model, the last one's is the model; until then there is none.
+        target.fingerprint, target.architecture = fingerprint, None
     if manifest is None:
         return
     counts = manifest.counts

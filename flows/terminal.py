@@ -111,10 +111,23 @@ def print_plan(stages: list[PlannedStage]) -> None:
         shards = "" if stage.shards is None else f"{stage.shards_done}/{stage.shards}"
         seconds = "" if stage.estimated_seconds is None else f"{stage.estimated_seconds:.1f}"
         state = stage.state.replace("_", " ") + (" ?" if stage.assumed else "")
-        cells = [str(stage.round_index), stage.kind, state, f"{stage.samples:,}", shards, seconds]
+        kind = stage.kind if stage.part is None else f"{stage.kind} {stage.part.replace('_', ' ')}"
+        cells = [str(stage.round_index), kind, state, f"{stage.samples:,}", shards, seconds]
         table.add_row(*cells, stage.fingerprint[:12], style=styles[stage.state])
     out.print(table)
     num_reused = sum(stage.state == "reused" for stage in stages)
+    for round_index in sorted({stage.round_index for stage in stages}):
+        of_round = [stage for stage in stages if stage.round_index == round_index]
+        read, cached = (
+            sum(getattr(stage, name) for stage in of_round)
+            for name in ("read_bytes", "read_bytes_cached")
+        )
+        if read:
+            out.print(
+                f"round {round_index} reads {_bytes(read)} of shards,"
+                f" {_bytes(cached)} with a cache",
+                highlight=False,
+            )
     out.print(
         f"{num_reused} of {len(stages)} stages are in the store; ? depends on a promotion to come",
         highlight=False,
@@ -163,6 +176,13 @@ def _state_in_words(status: RunStatus) -> str:
     if status.stop_reason is None:
         return f"{status.state}; `selftrain resume {status.run}` goes on"
     return f"done ({reasons.get(status.stop_reason, status.stop_reason)})"
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"
 
 
 def _facts(progress: Progress) -> str:

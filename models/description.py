@@ -26,6 +26,7 @@ from models.architectures import (
     Interpolation,
     Normalization,
     build_classifier,
+    check_architecture,
 )
 
 DESCRIPTION_SCHEMA = 1
@@ -79,6 +80,10 @@ class ModelDescription(BaseModel):
         default_factory=dict, description="Where the weights come from; free facts."
     )
 
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse an image size that the architecture cannot take."""
+        check_architecture(self.architecture, image_size=self.image_size)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Return the class names of the main head."""
@@ -118,10 +123,13 @@ def description_from_json(data: bytes, *, where: str) -> ModelDescription:
 
 def weights_to_bytes(model: torch.nn.Module) -> bytes:
     """Return the state dict as safetensors; equal weights give equal bytes on every device."""
-    tensors = {
-        name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()
-    }
-    return save(tensors, metadata={"format": "pt"})
+    return tensors_to_bytes(model.state_dict())
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return named tensors as safetensors; equal tensors give equal bytes on every device."""
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    return save(plain, metadata={"format": "pt"})
 
 
 def weights_from_bytes(data: bytes, *, where: str = "weights") -> dict[str, Tensor]:

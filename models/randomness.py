@@ -37,6 +37,12 @@ class Block(IntEnum):
     AFFINE = 2
     RANDAUGMENT = 3
     CUTOUT = 4
+    AUTOAUGMENT = 5
+    TRIVIAL_AUGMENT = 6
+    AUGMIX = 7
+    AUGMIX_WEIGHTS = 8
+    RANDOM_ERASING = 9
+    PATCH_GAUSSIAN = 10
     BALANCE = 64
     ORDER = 65
 

@@ -11,9 +11,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.objectives import Batch, Models, build_objective
-from models.optimization import ema_decay, learning_rate, peak_learning_rate, update_ema
-from models.randomness import derive_seed
+from models.compiling import compiled_or_not
+from models.gradients import GradientPass, Step
+from models.objectives import Batch, Models, StepLoss, build_objective
+from models.optimization import (
+    ema_decay,
+    is_averaged,
+    learning_rate,
+    num_averaged,
+    peak_learning_rate,
+    recompute_batchnorm,
+    update_ema,
+    update_swa,
+)
+from models.ranks import (
+    ONE_PROCESS,
+    Ranks,
+    parts_of_step,
+    refuse_unsynchronised_batchnorm,
+)
+from models.scaling import has_collapsed
 from models.training_config import TrainingConfig
 from models.training_state import TrainingState, initial_state
 
@@ -22,9 +39,13 @@ __all__ = [
     "StepReport",
     "TrainingConfig",
     "TrainingState",
+    "finish",
     "initial_state",
     "train",
 ]
+
+_RECOMPUTING_STEPS = 100
+"""Whose batches give the mean of weights its BatchNorm statistics."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +84,12 @@ def train(
     *,
     total_steps: int,
     num_labeled: int,
-    layer_seed: int | Callable[[int], int],
+    layer_seed: int,
     report_every: int = 1,
     forward_model: nn.Module | None = None,
     teacher: nn.Module | None = None,
+    class_prior: Tensor | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Iterator[StepReport]:
     """Train `state` in place from its step to `total_steps`, yielding reports.
 
@@ -78,22 +101,26 @@ def train(
         state: where to start; `initial_state` or a restored one.
         config: what to train.
         next_batch: (step, part, num_parts) -> that part of the step's batch, on the state's
-            device: steps and parts from 0, a step's images split evenly. Depends on these alone.
+            device: steps and parts from 0, a step's images split evenly. Depends on these alone,
+            and is asked for the parts of this rank only.
         total_steps: updates of the whole stage, not of this call.
         num_labeled: labelled images in an epoch; schedules count in them.
-        layer_seed: a stream, from which step s has seed derive_seed(stream, s), or the seed of each
-            step as a function (under several ranks: of step and rank). It drives dropout and
-            stochastic depth only.
+        layer_seed: a stream; step s has seed derive_seed(stream, s), part p of several parts
+            derive_seed(stream, s, p). It drives dropout and stochastic depth only.
         report_every: in steps.
         forward_model: what the forward pass goes through, such as DistributedDataParallel around
             `state.model`; by default the model itself.
         teacher: frozen and in evaluation mode, for objectives that call it.
-    Raises: NonFiniteTraining, at the report after it happened, naming the step of it.
+        class_prior: (C,), the teacher's mean prediction, for objectives that read it.
+        ranks: this process among those that train together, each with an equal state, which stay
+            equal; losses and logs of the reports are means over all of them.
+    Raises: NonFiniteTraining, at the report after it happened, naming the step of it; ValueError
+        where parts or BatchNorm do not fit the number of ranks.
     """
     if report_every < 1:
         raise ValueError(f"report_every={report_every} must be at least 1")
     model = state.model if forward_model is None else forward_model
-    objective = build_objective(config.objective)
+    objective = build_objective(config.objective, class_prior)
     device = next(state.model.parameters()).device
     peak = peak_learning_rate(config.optimizer, batch_size=config.batch_size)
 
@@ -108,59 +135,128 @@ def train(
             num_labeled=num_labeled,
         )
 
-    def seed_at(step: int) -> int:
-        return layer_seed(step) if callable(layer_seed) else derive_seed(layer_seed, step)
-
+    if (
+        config.swa is not None
+        and num_averaged(total_steps, config.swa, total_steps=total_steps) < 1
+    ):
+        raise ValueError(
+            f"swa.every_steps={config.swa.every_steps} after swa.start_fraction="
+            f"{config.swa.start_fraction} of {total_steps} steps averages no weights: lower one"
+        )
+    gradient_pass = GradientPass(
+        config,
+        objective,
+        Models(model, teacher),
+        ranks=ranks,
+        layer_stream=layer_seed,
+        device=device,
+        scaler=state.scaler,
+    )
+    is_compiled = not config.compile
     sums = _Sums(device)
     model.train()
+    refuse_unsynchronised_batchnorm(
+        model, accumulation_steps=config.accumulation_steps, world_size=ranks.world_size
+    )
     for step in range(state.step, total_steps):
         rate = rate_at(step)
-        batch = next_batch(step, 0, 1)
-        with (
-            torch.random.fork_rng(_devices_to_fork(device)),  # pyright: ignore[reportUnknownMemberType]
-            torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
-        ):
-            _seed_layers(seed_at(step), device)
-            found = objective.loss(
-                Models(model, teacher), batch, state.objective_state, step, total_steps
-            )
-        _update(state, config, found.loss, rate)
+        state.optimizer.zero_grad(set_to_none=True)
+        place = Step(step, total_steps, state.objective_state)
+        if is_compiled:
+            found = gradient_pass(place, next_batch)
+        else:
+            found = _first_compiled_step(state, gradient_pass, place, next_batch)
+            is_compiled = True
+        _update(state, config, rate)
         state.objective_state = objective.next_state(state.objective_state, found.statistics)
         if state.ema is not None and config.ema is not None:
             update_ema(state.ema, state.model, ema_decay(step, config.ema))
         state.step = step + 1
+        _update_swa(state, config, total_steps)
         sums.add(step, found.loss, found.logs)
         if state.step % report_every == 0 or state.step == total_steps:
             report = sums.report(state.step, rate, rate_at)
             _refuse_non_finite(state, rate)
+            _refuse_collapsed_scale(state, rate)
             yield report
             sums = _Sums(device)
             model.train()  # the caller may have evaluated
 
 
-def _devices_to_fork(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
+def finish(
+    state: TrainingState,
+    config: TrainingConfig,
+    next_batch: Callable[[int, int, int], Batch],
+    *,
+    total_steps: int,
+) -> None:
+    """Make the final model of a training that has reached its last step, in place.
+
+    The mean of weights gets BatchNorm statistics of its own, from the batches of the last 100 steps
+    (all their parts, on every rank alike; a function of the state and the data, so that a training
+    which was interrupted before it gives the same). Without `swa` there is nothing to do.
+    """
+    if state.swa is None:
+        return
+    assert state.step == total_steps, "the mean of weights is complete after the last step only"
+    num_parts, _ = parts_of_step(config)
+    first = max(0, total_steps - _RECOMPUTING_STEPS)
+    recompute_batchnorm(
+        state.swa,
+        (
+            _all_images(next_batch(step, part, num_parts))
+            for step in range(first, total_steps)
+            for part in range(num_parts)
+        ),
+    )
 
 
-def _seed_layers(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
+def _all_images(batch: Batch) -> Tensor:
+    return torch.cat([batch.images, *batch.views.values()])
 
 
-def _update(state: TrainingState, config: TrainingConfig, loss: Tensor, rate: float) -> None:
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+def _first_compiled_step(
+    state: TrainingState,
+    gradient_pass: GradientPass,
+    place: Step,
+    next_batch: Callable[[int, int, int], Batch],
+) -> StepLoss:
+    found, fallback = compiled_or_not(state.model, lambda: gradient_pass(place, next_batch))
+    if fallback is not None:
+        state.fallbacks.append(fallback)
+    return found
+
+
+def _update(state: TrainingState, config: TrainingConfig, rate: float) -> None:
     if config.gradient_clip_norm is not None:
+        if state.scaler is not None:
+            state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    state.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+    if state.scaler is None:
+        state.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+    else:
+        # A gradient that overflowed is the scale's fault: weights stay, and the scale is halved.
+        state.scaler.step(state.optimizer)  # pyright: ignore[reportUnknownMemberType]
+        state.scaler.update()
+
+
+def _update_swa(state: TrainingState, config: TrainingConfig, total_steps: int) -> None:
+    if state.swa is None or config.swa is None:
+        return
+    if is_averaged(state.step, config.swa, total_steps=total_steps):
+        before = num_averaged(state.step - 1, config.swa, total_steps=total_steps)
+        update_swa(state.swa, state.model, before)
+
+
+def _refuse_collapsed_scale(state: TrainingState, rate: float) -> None:
+    if state.scaler is not None and has_collapsed(state.scaler):
+        raise NonFiniteTraining(state.step - 1, rate, "gradient, at any scale of the loss,")
 
 
 def _refuse_non_finite(state: TrainingState, rate: float) -> None:
-    modules = {"weights": state.model, "weight average": state.ema}
+    modules = {"weights": state.model, "weight average": state.ema, "mean of weights": state.swa}
     for what, module in modules.items():
         if module is None:
             continue

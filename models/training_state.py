@@ -1,16 +1,17 @@
 """What a training carries from step to step, and its form in a checkpoint."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from models.architectures import Classifier, build_classifier
-from models.objectives import build_objective
+from models.objectives import auxiliary_head, build_objective
 from models.optimization import build_optimizer
-from models.training_config import TrainingConfig
+from models.scaling import build_scaler, load_scaler, scaler_tensors
+from models.training_config import FinalWeights, TrainingConfig
 
 
 @dataclass
@@ -22,9 +23,14 @@ class TrainingState:
     Attributes:
         model: the weights that are trained.
         ema: their moving average, or None where the config has none.
+        swa: their plain mean so far, or None where the config has none; it holds the first weights
+            until the mean begins.
         optimizer: over `model`.
         objective_state: of the objective.
         step: updates made so far.
+        scaler: the loss scale of fp16, else None.
+        used_weights: which of the models is the result.
+        fallbacks: what the config asked for and this machine could not do; for provenance.
     """
 
     model: Classifier
@@ -32,14 +38,27 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     objective_state: dict[str, Tensor]
     step: int
+    swa: Classifier | None = None
+    scaler: torch.amp.GradScaler | None = None
+    used_weights: FinalWeights = "last"
+    fallbacks: list[str] = field(default_factory=list[str])
 
     @property
     def final_model(self) -> Classifier:
-        """What is evaluated, saved and labels: the average if there is one, else the model."""
-        return self.model if self.ema is None else self.ema
+        """What is evaluated, saved and labels.
+
+        A head that only training needs is left out.
+        """
+        models = {"last": self.model, "ema": self.ema, "swa": self.swa}
+        model = models[self.used_weights]
+        assert model is not None, "the config requires the average that it uses"
+        return model.without_auxiliary_head()
 
     def tensors(self) -> dict[str, Tensor]:
-        """CPU copies of all tensors: model.*, ema.*, optimizer.<parameter>.*, objective.*."""
+        """CPU copies of all tensors.
+
+        Their names: model.*, ema.*, swa.*, optimizer.<parameter>.*, objective.*, scaler.*.
+        """
         return {
             name: value.detach().to("cpu", copy=True).contiguous()
             for name, value in self._named_tensors()
@@ -73,14 +92,15 @@ class TrainingState:
             raise ValueError(f"checkpoint with step {step!r}: must be a non-negative integer")
         groups = _grouped(tensors)
         _load_module(self.model, groups.pop("model", {}), "model")
-        averages = groups.pop("ema", None)
-        if (averages is None) != (self.ema is None):
-            raise ValueError(
-                f"checkpoint {'without' if averages is None else 'with'} a moving average where "
-                f"the config has {'none' if self.ema is None else 'one'}"
-            )
-        if self.ema is not None and averages is not None:
-            _load_module(self.ema, averages, "ema")
+        for what, module in (("ema", self.ema), ("swa", self.swa)):
+            saved = groups.pop(what, None)
+            _refuse_other_parts(_PARTS[what], saved is not None, module is not None)
+            if module is not None and saved is not None:
+                _load_module(module, saved, what)
+        scale = groups.pop("scaler", None)
+        _refuse_other_parts(_PARTS["scaler"], scale is not None, self.scaler is not None)
+        if self.scaler is not None and scale is not None:
+            load_scaler(self.scaler, scale)
         self._load_optimizer(groups.pop("optimizer", {}))
         device = next(self.model.parameters()).device
         self.objective_state = {
@@ -93,15 +113,19 @@ class TrainingState:
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.model.state_dict().items():
             yield f"model.{name}", value
-        if self.ema is not None:
-            for name, value in self.ema.state_dict().items():
-                yield f"ema.{name}", value
+        for what, module in (("ema", self.ema), ("swa", self.swa)):
+            if module is not None:
+                for name, value in module.state_dict().items():
+                    yield f"{what}.{name}", value
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:  # SGD without momentum keeps a None
                     yield f"optimizer.{name}.{key}", value
         for name, value in self.objective_state.items():
             yield f"objective.{name}", value
+        if self.scaler is not None:
+            for name, value in scaler_tensors(self.scaler).items():
+                yield f"scaler.{name}", value
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         parameters = dict(self.model.named_parameters())
@@ -125,12 +149,29 @@ class TrainingState:
 
 
 def initial_state(
-    config: TrainingConfig, num_classes: int, *, seed: int, device: torch.device | str
+    config: TrainingConfig,
+    num_classes: int,
+    *,
+    seed: int,
+    device: torch.device | str,
+    prepare: Callable[[Classifier], None] | None = None,
 ) -> TrainingState:
     """Fresh weights, the same on every device; torch's global generator is left as it was.
 
-    The average starts as a copy of the weights. On CUDA the weights lie channels-last.
+    Averages start as copies of the weights. Where the config leaves it open, convolutions' weights
+    lie channels-last on CUDA.
+
+    Args:
+        config: of the training.
+        num_classes: outputs of the network.
+        seed: of the weights.
+        device: where to train.
+        prepare: called with the fresh classifier, on the CPU, before the average and the optimiser
+            are made of it: loads other weights and freezes layers, in place.
+    Raises: ValueError for a precision that the device does not have.
     """
+    target = torch.device(device)
+    scaler = build_scaler(config.precision, target)
     with torch.random.fork_rng([]):  # pyright: ignore[reportUnknownMemberType]
         torch.default_generator.manual_seed(seed)
         model = build_classifier(
@@ -140,23 +181,45 @@ def initial_state(
             dropout=config.noise.dropout,
             stochastic_depth=config.noise.stochastic_depth,
         )
-    target = torch.device(device)
+        head = auxiliary_head(config.objective, config.unlabeled_ratio)
+        if head is not None:  # drawn last, so that the other weights are the same without it
+            model.add_auxiliary_head(head.hidden)
+    if prepare is not None:
+        prepare(model)
     model.to(target)
-    if target.type == "cuda":
+    is_channels_last = config.memory_format == "channels_last" or (
+        config.memory_format == "auto" and target.type == "cuda"
+    )
+    if is_channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportUnknownMemberType]
-    ema = None
-    if config.ema is not None:
-        ema = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def average() -> Classifier:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
     return TrainingState(
         model=model,
-        ema=ema,
+        ema=None if config.ema is None else average(),
         optimizer=build_optimizer(config.optimizer, model),
         objective_state={
             name: value.to(target)
             for name, value in build_objective(config.objective).init_state(num_classes).items()
         },
         step=0,
+        swa=None if config.swa is None else average(),
+        scaler=scaler,
+        used_weights=config.used_weights,
     )
+
+
+_PARTS = {"ema": "a moving average", "swa": "a mean of weights", "scaler": "a loss scale"}
+
+
+def _refuse_other_parts(what: str, is_saved: bool, is_configured: bool) -> None:
+    if is_saved != is_configured:
+        raise ValueError(
+            f"checkpoint {'with' if is_saved else 'without'} {what} where the config has "
+            f"{'one' if is_configured else 'none'}"
+        )
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -114,6 +114,11 @@ def evaluation_folder(fp: str) -> str:
     return f"evaluations/{_segment(fp)}"
 
 
+def compact_folder(fp: str) -> str:
+    """Return the folder of a selection's compact shards."""
+    return f"compact/{_segment(fp)}"
+
+
 def prediction_folder(labeler: str) -> str:
     """Return the folder of a labeler's predictions, shared by every corpus."""
     return f"predictions/{_segment(labeler)}"

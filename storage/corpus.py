@@ -11,7 +11,8 @@ from storage import objects
 from storage.addresses import canonical_json, corpus_path, sha256_hex
 from storage.manifest import check_schema, create_record, read_record, sealed
 from storage.objects import CorruptObject
-from storage.samples import CorruptShard, RawSample, iterate_samples
+from storage.samples import CorruptShard, RawSample, iterate_samples, sample_key
+from storage.shard_cache import ShardCache
 from storage.store import Store
 
 SCHEMA = 1
@@ -41,10 +42,12 @@ class Shard:
 
     Attributes:
         stem: the file's name without folder and `.tar`; first part of each sample key.
-        digest: sha256 of the whole tar.
-        num_samples: at least 0.
+        digest: sha256 of the whole tar; where samples are excluded, of the tar's and their keys.
+        num_samples: at least 0; excluded ones do not count.
         num_bytes: size of the tar.
         label_counts: class number -> samples with that `.cls`; None if no sample has one.
+        excluded: keys in the shard of the samples that are never read, sorted.
+        tar: sha256 of the tar where samples are excluded; else None.
     """
 
     stem: str
@@ -52,6 +55,8 @@ class Shard:
     num_samples: int
     num_bytes: int
     label_counts: Mapping[int, int] | None = field(default=None, hash=False)
+    excluded: tuple[str, ...] = ()
+    tar: str | None = None
 
     def __post_init__(self) -> None:
         if not _STEM_RULE.fullmatch(self.stem) or not _DIGEST_RULE.fullmatch(self.digest):
@@ -62,10 +67,18 @@ class Shard:
         if min(self.num_samples, self.num_bytes, 0) < 0:
             raise ValueError(f"shard {self.stem}: samples and bytes must be at least 0")
 
+    @property
+    def tar_digest(self) -> str:
+        """sha256 of the whole tar."""
+        return self.digest if self.tar is None else self.tar
+
     def to_json(self) -> dict[str, Any]:
         """Return the stored form."""
         counts = self.label_counts
-        return {
+        exclusion: dict[str, Any] = {}
+        if self.excluded:
+            exclusion = {"excluded": list(self.excluded), "tar": self.tar}
+        return exclusion | {
             "stem": self.stem,
             "digest": self.digest,
             "num_samples": self.num_samples,
@@ -83,6 +96,8 @@ class Shard:
             num_samples=stored["num_samples"],
             num_bytes=stored["num_bytes"],
             label_counts=None if counts is None else {int(k): n for k, n in counts.items()},
+            excluded=tuple(cast("list[str]", stored.get("excluded", []))),
+            tar=stored.get("tar"),
         )
 
 
@@ -273,17 +288,39 @@ def read_shard(corpus: Corpus, locations: Mapping[str, str], stem: str) -> bytes
     if url is None:
         raise MissingShard(f"shard {stem}: no location is known. {remedy}")
     try:
-        return objects.read_object(url, sha256=shard.digest)
+        return objects.read_object(url, sha256=shard.tar_digest)
     except FileNotFoundError as error:
         raise MissingShard(f"shard {stem}: nothing at {url}. {remedy}") from error
     except CorruptObject as error:
         raise CorruptShard(
-            f"shard {stem} at {url} is not what was indexed (digest {shard.digest}): {error}. "
+            f"shard {stem} at {url} is not what was indexed (digest {shard.tar_digest}): {error}. "
             f"{remedy}"
         ) from error
 
 
-def read_samples(corpus: Corpus, locations: Mapping[str, str], stem: str) -> list[RawSample]:
-    """Read a shard, checked, and list its samples, whose number must be the corpus's."""
-    data = read_shard(corpus, locations, stem)
-    return iterate_samples(data, stem=stem, num_samples=corpus.shard(stem).num_samples)
+def read_samples(
+    corpus: Corpus, locations: Mapping[str, str], stem: str, *, cache: ShardCache | None = None
+) -> list[RawSample]:
+    """Read a shard, checked, and list its samples, whose number must be the corpus's.
+
+    Excluded samples are not among them.
+
+    Out of a cache their images are views of a mapped file, which was checked when it was written.
+
+    Raises: as `read_shard`; CacheTooSmall where the cache has no room for it.
+    """
+    shard = corpus.shard(stem)
+    if cache is None:
+        data = memoryview(read_shard(corpus, locations, stem))
+    else:
+
+        def fetch() -> bytes:
+            return read_shard(corpus, locations, stem)
+
+        data = cache.read(shard.tar_digest, shard.num_bytes, fetch)
+    num_samples = shard.num_samples + len(shard.excluded)
+    samples = iterate_samples(data, stem=stem, num_samples=num_samples)
+    if not shard.excluded:
+        return samples
+    excluded = {sample_key(stem, key) for key in shard.excluded}
+    return [sample for sample in samples if sample.key not in excluded]

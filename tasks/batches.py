@@ -1,118 +1,74 @@
 """From shards and a selection to the batches of a training: a step is the whole position."""
 
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from models.noise import RandomResizedConfig, apply_input_noise
-from models.objectives import Batch
-from models.randomness import Draws, derive_seed, hash_keys, input_draws
+from models.noise import NoiseConfig, apply_input_noise
+from models.objectives import Batch, ViewKind, build_objective
+from models.randomness import derive_seed, input_draws
 from models.training import TrainingConfig
-from storage.corpus import Corpus, load_corpus, load_locations, read_samples
-from storage.manifest import Manifest, read_stored
-from storage.samples import RawSample, sample_key
-from storage.selections import from_parquet
+from storage.manifest import Manifest
+from storage.shard_cache import CacheConfig, ShardCache
 from storage.store import Store
-from tasks.sample_order import OPEN_SHARDS, SampleOrder
-from tasks.shard_items import BadSampleBudget, OpenShard, Pixels, ShardItems, Targets
+from tasks.open_shards import ShardMemory
+from tasks.reading_ahead import Position, ReadAhead
+from tasks.sample_order import OPEN_SHARDS
+from tasks.sample_stream import SamplesRead
+from tasks.shard_items import BadSampleBudget, Targets
+from tasks.stream_sources import Source, SourceMaker, TrainingData, check_room
 
 CACHE_BYTES = 4 * 2**30
-"""Pixels or shards that one training may hold in memory; above it, shards are read again."""
+"""Pixels of a stream, its files included, that are held decoded; above it, shards are opened again.
 
-_BudgetOf = Callable[[str], BadSampleBudget]
+As much again may be held by the open shards of all streams together.
+"""
 
-_DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class _Read:
-    """The samples of one stream at some positions."""
+class _Noised:
+    """One view of the samples of some sources, as one batch: (B, 3, S, S)."""
 
-    views: list[Pixels]
-    key_hashes: NDArray[np.int64]
-    copies: NDArray[np.int64]
-    epochs: NDArray[np.int64]
-    targets: Targets
+    sources: list[int]
+    sizes: list[int]
+    images: Tensor
 
-
-class SampleStream:
-    """One endless stream of items; what it gives at a position depends on the position alone."""
-
-    def __init__(
-        self,
-        items_per_shard: list[int],
-        open_shard: OpenShard,
-        config: TrainingConfig,
-        *,
-        shard_bytes: int,
-        order_stream: int,
-        noise_stream: int,
-        decoders: ThreadPoolExecutor,
-    ) -> None:
-        self._order = SampleOrder(items_per_shard, order_stream)
-        self._open_shard = open_shard
-        self._config = config
-        self._noise_stream = noise_stream
-        self._decoders = decoders
-        self._opened: OrderedDict[int, ShardItems] = OrderedDict()
-        # An open shard holds its files beside the pixels.
-        num_bytes = self._order.num_items * config.image_size**2 * 3 + shard_bytes
-        self.is_cached = num_bytes <= CACHE_BYTES and not isinstance(
-            config.noise.crop, RandomResizedConfig
-        )
-
-    def read(self, start: int, count: int) -> _Read:
-        """Return the samples at positions start .. start + count."""
-        shards, items, epochs = self._order.read(start, count)
-        views: list[Pixels | None] = [None] * count
-        hashes, copies = np.empty(count, np.int64), np.empty(count, np.int64)
-        parts: list[tuple[NDArray[np.int64], ShardItems, NDArray[np.int64]]] = []
-        for shard in np.unique(shards):
-            opened = self._shard(int(shard))
-            positions = np.flatnonzero(shards == shard)
-            found, pixels = opened.fetch(
-                items[positions],
-                epochs[positions],
-                self._noise_stream,
-                self._config,
-                self._decoders,
-            )
-            hashes[positions] = opened.key_hashes[found]
-            copies[positions] = opened.copies[found]
-            parts.append((positions, opened, found))
-            for position, view in zip(positions, pixels, strict=True):
-                views[position] = view
-        return _Read([v for v in views if v is not None], hashes, copies, epochs, _joined(parts))
-
-    def _shard(self, index: int) -> ShardItems:
-        if index not in self._opened:
-            self._opened[index] = self._open_shard(index)
-            if not self.is_cached and len(self._opened) > 2 * OPEN_SHARDS:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(index)
-        return self._opened[index]
+    def images_of(self, source: int) -> Tensor:
+        """Return the images of one of the sources."""
+        place = self.sources.index(source)
+        start = sum(self.sizes[:place])
+        return self.images[start : start + self.sizes[place]]
 
 
 class TrainingBatches:
-    """Joint batches of labelled and pseudo-labelled images, noised, on the device.
+    """Batches of the streams that an objective declares, noised, on the device.
+
+    View 0 of every stream has the stage's noise stream and each further view one of its own, so
+    that a second view changes nothing of the first. A thread makes the next parts while the
+    current one is used.
 
     Args:
         store: holds the corpora's locations, the selection and nothing of the images.
-        config: batch size, ratio, view and noise.
+        config: batch size, ratio, objective, view and noise.
         labeled: digest of the labelled corpus.
         class_names: of the run.
-        selection: manifest of the selection, None to train on labels only.
+        selection: manifest of the selection, None where no stream reads one.
         labeling: manifest that the selection was made from.
+        unlabeled: digest of the corpus that a stream without targets reads.
         stage_stream: of the stage; all orders and noise derive from it.
         device: where batches are noised.
         max_bad_samples: undecodable images allowed in a shard.
+        loader_threads: that decode; they change nothing of the batches. None: one a core.
+        cache: of the node's shards; None reads shards from where they lie.
+        compact: manifest of the selection's compact shards, which give the same batches.
+    Raises: ValueError for a stream whose data are not given; CacheTooSmall, with the numbers.
     """
 
     def __init__(
@@ -127,67 +83,59 @@ class TrainingBatches:
         stage_stream: int,
         device: torch.device,
         max_bad_samples: int,
+        unlabeled: str | None = None,
+        loader_threads: int | None = None,
+        cache: CacheConfig | None = None,
+        compact: Manifest | None = None,
     ) -> None:
         self._config = config
         self._device = device
         self._noise_stream = derive_seed(stage_stream, "input-noise")
-        self._decoders = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._pending: dict[int, Future[tuple[_Read, _Read | None]]] = {}
+        threads = loader_threads or len(os.sched_getaffinity(0))
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._budgets: dict[tuple[str, str], BadSampleBudget] = {}
-
-        def budget(name: str, stem: str) -> BadSampleBudget:
-            made = BadSampleBudget(stem, max_bad_samples)
-            return self._budgets.setdefault((name, stem), made)
-
-        def stream(
-            name: str, corpus: Corpus, items: list[int], open_shard: OpenShard
-        ) -> SampleStream:
-            return SampleStream(
-                items,
-                open_shard,
-                config,
-                shard_bytes=corpus.num_bytes,
-                order_stream=derive_seed(stage_stream, "order", name),
-                noise_stream=self._noise_stream,
-                decoders=self._decoders,
-            )
-
-        corpus = load_corpus(store, labeled)
-        items = [shard.num_samples for shard in corpus.shards]
-        opener = _labeled_opener(store, corpus, class_names, partial(budget, "labeled"))
-        self._labeled = stream("labeled", corpus, items, opener)
-        self._pseudo: SampleStream | None = None
-        if selection is not None and labeling is not None:
-            corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
-            items = [selection.counts["items"][shard.stem] for shard in corpus.shards]
-            opener = _pseudo_opener(
-                store, corpus, selection, labeling, len(class_names), partial(budget, "pseudo")
-            )
-            self._pseudo = stream("pseudo", corpus, items, opener)
+        self._max_bad_samples = max_bad_samples
+        streams = build_objective(config.objective).streams(config)
+        self._memory = ShardMemory(
+            CACHE_BYTES,
+            max_mapped_bytes=0 if cache is None else cache.max_bytes,
+            max_shards=2 * OPEN_SHARDS * len(streams),
+        )
+        maker = SourceMaker(
+            TrainingData(store, class_names, labeled, selection, labeling, unlabeled, compact),
+            config,
+            stage_stream,
+            self._memory,
+            CACHE_BYTES,
+            None if cache is None else ShardCache(cache),
+            self._decoders,
+            device,
+            self._budget,
+        )
+        self._sources = [
+            maker.make(one, tuple(self._view_stream(i) for i in range(len(one.views))))
+            for one in streams
+        ]
+        check_room(self._sources, self._memory, cache)
         self.targets_are_hard = (
             selection is not None and selection.settings["selection"]["target"] == "hard"
         )
+        self._ahead = ReadAhead(self._made, _BATCHES_AHEAD, initializer=self._enter_thread)
 
     def batch(self, step: int, part: int = 0, num_parts: int = 1) -> Batch:
-        """Return one of the equal parts of a step; the same for every process and resume."""
-        assert (part, num_parts) == (0, 1), "a step is not divided yet"
-        labeled, pseudo = self._read(step)
-        images, draws = self._assembled(labeled, pseudo)
-        assert labeled.targets.labels is not None
-        labels = torch.from_numpy(labeled.targets.labels).to(self._device)
-        noised = apply_input_noise(images, self._config.noise, draws)
-        if pseudo is None:
-            return Batch(noised, labels)
-        assert pseudo.targets.probs is not None
-        assert pseudo.targets.weights is not None
-        return Batch(
-            noised,
-            labels,
-            pseudo_targets=torch.from_numpy(pseudo.targets.probs).to(self._device),
-            pseudo_weights=torch.from_numpy(pseudo.targets.weights).to(self._device),
-            pseudo_is_hard=self.targets_are_hard,
-        )
+        """Return one of the equal parts of a step; the same for every process and resume.
+
+        Raises: ValueError if a stream's samples of a step cannot be split into so many parts.
+        """
+        for source in self._sources:
+            count = source.declared.samples_per_step
+            if count % num_parts != 0:
+                raise ValueError(
+                    f"{count} {source.declared.role} samples a step cannot be split into "
+                    f"{num_parts} equal parts: change batch_size, accumulation_steps or the number "
+                    "of processes"
+                )
+        return self._ahead.get(Position(step, part, num_parts))
 
     def bad_samples(self) -> dict[str, str]:
         """Return key -> reason of the images that could not be decoded so far."""
@@ -199,116 +147,122 @@ class TrainingBatches:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
+        for source in self._sources:
+            source.samples.close()
         self._decoders.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, step: int) -> tuple[_Read, _Read | None]:
-        is_cached = self._labeled.is_cached and (self._pseudo is None or self._pseudo.is_cached)
-        if is_cached:
-            return self._read_now(step)
-        for ahead in range(step, step + 1 + _BATCHES_AHEAD):
-            if ahead not in self._pending:
-                self._pending[ahead] = self._ahead.submit(self._read_now, ahead)
-        return self._pending.pop(step).result()
+    def _budget(self, name: str, stem: str) -> BadSampleBudget:
+        made = BadSampleBudget(stem, self._max_bad_samples)
+        return self._budgets.setdefault((name, stem), made)
 
-    def _read_now(self, step: int) -> tuple[_Read, _Read | None]:
-        count = self._config.batch_size
-        labeled = self._labeled.read(step * count, count)
-        if self._pseudo is None:
-            return labeled, None
-        count *= self._config.unlabeled_ratio
-        return labeled, self._pseudo.read(step * count, count)
+    def _enter_thread(self) -> None:
+        # A thread begins on the first accelerator, and pinning memory there would take some of it.
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)
 
-    def _assembled(self, labeled: _Read, pseudo: _Read | None) -> tuple[torch.Tensor, Draws]:
-        reads = [labeled] if pseudo is None else [labeled, pseudo]
-        # (B, S, S, 3) uint8 -> (B, 3, S, S): one copy to the device, noise happens there.
-        views = torch.from_numpy(np.stack([view for read in reads for view in read.views]))
+    def _view_stream(self, view: int) -> int:
+        return self._noise_stream if view == 0 else derive_seed(self._noise_stream, "view", view)
+
+    def _made(self, position: Position) -> Batch:
+        return self._assembled([self._read(source, position) for source in self._sources])
+
+    def _read(self, source: Source, position: Position) -> SamplesRead:
+        count = source.declared.samples_per_step
+        share = count // position.num_parts
+        return source.samples.read(position.step * count + position.part * share, share)
+
+    def _assembled(self, reads: list[SamplesRead]) -> Batch:
+        roles = [source.declared.role for source in self._sources]
+        noised = self._noised(reads)
+        labels = torch.zeros(0, dtype=torch.int64)
+        pseudo = Targets()
+        views: dict[str, Tensor] = {}
+        for number, (source, read) in enumerate(zip(self._sources, reads, strict=True)):
+            made = [group.images_of(number) for group in noised if number in group.sources]
+            if roles[number] == "unlabeled":
+                views.update(zip(unlabeled_names(source.declared.views), made, strict=True))
+                continue
+            views.update({f"{roles[number]}_{i}": v for i, v in enumerate(made[1:], start=2)})
+            if roles[number] == "labeled":
+                assert read.targets.labels is not None
+                labels = torch.from_numpy(read.targets.labels)
+            else:
+                pseudo = read.targets
+        with_targets = [number for number, role in enumerate(roles) if role != "unlabeled"]
+        return Batch(
+            _joined(noised, with_targets),
+            self._on_device(labels),
+            pseudo_targets=self._given(pseudo.probs),
+            pseudo_weights=self._given(pseudo.weights),
+            pseudo_is_hard=pseudo.probs is not None and self.targets_are_hard,
+            pseudo_confidences=self._given(pseudo.confidences),
+            views=views,
+        )
+
+    def _given(self, values: np.ndarray | None) -> Tensor | None:
+        return None if values is None else self._on_device(torch.from_numpy(values))
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return values.to(self._device)
+        return values.pin_memory().to(self._device, non_blocking=True)
+
+    def _noised(self, reads: list[SamplesRead]) -> list["_Noised"]:
+        """Noise all views, view 0 first; one batch for the sources that want the same noise."""
+        made: list[_Noised] = []
+        for view in range(max(len(source.declared.views) for source in self._sources)):
+            for kind in ("strong", "weak"):
+                numbers = [
+                    number
+                    for number, source in enumerate(self._sources)
+                    if source.declared.views[view : view + 1] == (kind,)
+                ]
+                if numbers:
+                    chosen = [reads[number] for number in numbers]
+                    images = self._noised_view(chosen, view, kind)
+                    sizes = [len(read.epochs) for read in chosen]
+                    made.append(_Noised(numbers, sizes, images))
+        return made
+
+    def _noised_view(self, reads: list[SamplesRead], view: int, kind: ViewKind) -> Tensor:
+        # (B, S, S, 3) uint8 -> (B, 3, S, S): noise happens on the device.
+        on_device = [read.pixels[view].to(self._device, non_blocking=True) for read in reads]
+        images = on_device[0] if len(on_device) == 1 else torch.cat(on_device)
         draws = input_draws(
-            self._noise_stream,
+            self._view_stream(view),
             torch.from_numpy(np.concatenate([read.key_hashes for read in reads])),
             torch.from_numpy(np.concatenate([read.copies for read in reads])),
             torch.from_numpy(np.concatenate([read.epochs for read in reads])),
         )
-        return views.to(self._device).permute(0, 3, 1, 2), draws
+        noise = self._config.noise if kind == "strong" else weak_noise(self._config.noise)
+        return apply_input_noise(images.permute(0, 3, 1, 2), noise, draws)
 
 
-def _joined(parts: list[tuple[NDArray[np.int64], ShardItems, NDArray[np.int64]]]) -> Targets:
-    """Put the targets of several shards' items into the order of their positions."""
-    order = np.argsort(np.concatenate([positions for positions, _, _ in parts]), kind="stable")
-
-    def join(pick: Callable[[Targets], NDArray | None]) -> NDArray | None:
-        chosen = [(pick(opened.targets), found) for _, opened, found in parts]
-        if any(values is None for values, _ in chosen):
-            return None
-        return np.concatenate([v[found] for v, found in chosen if v is not None])[order]
-
-    return Targets(join(lambda t: t.labels), join(lambda t: t.probs), join(lambda t: t.weights))
+def weak_noise(noise: NoiseConfig) -> NoiseConfig:
+    """Return the noise of a weak view: the crop and the flip of `noise`, and nothing else."""
+    return NoiseConfig(crop=noise.crop, horizontal_flip=noise.horizontal_flip)
 
 
-def _labeled_opener(
-    store: Store, corpus: Corpus, class_names: tuple[str, ...], budget_of: _BudgetOf
-) -> OpenShard:
-    locations = load_locations(store, corpus.digest)
-    assert corpus.class_names is not None, "splits are checked when the run is opened"
-    positions = {name: position for position, name in enumerate(class_names)}
-    to_run = [positions[name] for name in corpus.class_names]
-
-    def open_shard(index: int) -> ShardItems:
-        stem = corpus.shards[index].stem
-        samples = read_samples(corpus, locations, stem)
-        labels = [_label(sample) for sample in samples]
-        return ShardItems(
-            samples,
-            sample_of=np.arange(len(samples)),
-            copies=np.zeros(len(samples), np.int64),
-            key_hashes=hash_keys([s.key for s in samples]).view(np.int64),
-            targets=Targets(labels=np.array([to_run[label] for label in labels], np.int64)),
-            budget=budget_of(stem),
-        )
-
-    return open_shard
+def unlabeled_names(kinds: Sequence[ViewKind]) -> list[str]:
+    """Name a stream's views: unlabeled_weak, unlabeled_strong, a second one unlabeled_strong_2."""
+    names: list[str] = []
+    for i, kind in enumerate(kinds):
+        number = kinds[: i + 1].count(kind)
+        names.append(f"unlabeled_{kind}" if number == 1 else f"unlabeled_{kind}_{number}")
+    return names
 
 
-def _label(sample: RawSample) -> int:
-    if sample.label is None:
-        raise ValueError(f"{sample.key}: no .cls member, but training data must be labelled")
-    return sample.label
+def _joined(noised: list[_Noised], numbers: list[int]) -> Tensor:
+    """Return the first views of some sources behind each other, without a copy where they lie so.
 
-
-def _pseudo_opener(
-    store: Store,
-    corpus: Corpus,
-    selection: Manifest,
-    labeling: Manifest,
-    num_classes: int,
-    budget_of: _BudgetOf,
-) -> OpenShard:
-    locations = load_locations(store, corpus.digest)
-
-    def open_shard(index: int) -> ShardItems:
-        shard = corpus.shards[index]
-        stored = selection.object(shard.digest)
-        chosen = from_parquet(
-            read_stored(store, stored),
-            num_samples=labeling.counts["shards"][shard.stem]["num_samples"],
-            where=store.url_of(stored.path),
-        )
-        samples = read_samples(corpus, locations, shard.stem)
-        by_key = {sample.key: position for position, sample in enumerate(samples)}
-        kept = np.flatnonzero(chosen.kept)
-        copies = chosen.copies[kept].astype(np.int64)
-        rows = np.repeat(kept, copies)
-        keys = [sample_key(shard.stem, chosen.keys[row]) for row in rows]
-        return ShardItems(
-            samples,
-            sample_of=np.array([by_key[key] for key in keys], dtype=np.int64),
-            copies=np.concatenate([np.arange(n) for n in copies] or [np.zeros(0, np.int64)]),
-            key_hashes=hash_keys(keys).view(np.int64),
-            targets=Targets(
-                probs=chosen.dense_targets(num_classes)[rows],
-                weights=chosen.weight[rows],
-            ),
-            budget=budget_of(shard.stem),
-        )
-
-    return open_shard
+    Without a source there are no images: (0, 3, S, S).
+    """
+    if not numbers:
+        return noised[0].images[:0]
+    if noised[0].sources == numbers:
+        return noised[0].images
+    first = [next(group for group in noised if number in group.sources) for number in numbers]
+    return torch.cat(
+        [group.images_of(number) for group, number in zip(first, numbers, strict=True)]
+    )

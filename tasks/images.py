@@ -2,11 +2,14 @@
 
 import io
 import struct
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+T = TypeVar("T")
 
 CONVERSION = "pil-1"
 """Name of this conversion in fingerprints; a change of any pixel it gives needs a new name."""
@@ -34,11 +37,24 @@ _TRANSPOSITIONS = {
 }
 
 
+_SWAPPING = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+
+Reduction = Callable[[int, int], int]
+"""(upright width, height) -> 1, 2, 4 or 8."""
+
+
 class BadImage(ValueError):
     """An image file that cannot be decoded, whole, to RGB."""
 
 
-def decode_image(data: bytes | memoryview, *, where: str) -> Image.Image:
+def decode_image(
+    data: bytes | memoryview, *, where: str, reduction: Reduction | None = None
+) -> Image.Image:
     """Decode a JPEG, PNG or WebP file to an upright RGB image.
 
     Of an animation the first frame. Transparency is laid over white; see `to_rgb`.
@@ -46,10 +62,25 @@ def decode_image(data: bytes | memoryview, *, where: str) -> Image.Image:
     Args:
         data: the whole file.
         where: sample key or path, for errors.
+        reduction: by what a JPEG's sides may be divided, from its upright width and height; other
+            formats are decoded whole.
     Raises: BadImage, naming `where`, for another format, a cut or damaged file, or more than 64
         million pixels (checked before any is decoded).
     """
-    return _decode(data, FORMATS, where)
+    return _decode(data, FORMATS, where, reduction)
+
+
+def upright_size(data: bytes | memoryview, *, where: str) -> tuple[int, int]:
+    """Return the width and height that `decode_image` gives, read from the file's head.
+
+    Raises: BadImage, naming `where`; that there is none promises nothing for the rest of the file.
+    """
+    return _opened(data, FORMATS, where, _upright_size)
+
+
+def largest_reduction(width: float, height: float, size: int) -> int:
+    """Return the largest of 1, 2, 4 and 8 that leaves both sides at least `size` pixels long."""
+    return next((k for k in (8, 4, 2) if min(width, height) // k >= size), 1)
 
 
 def decode_any_image(data: bytes | memoryview, *, where: str) -> Image.Image:
@@ -69,14 +100,36 @@ def image_kind(data: bytes | memoryview) -> Literal["jpg", "png", "webp"] | None
     return None
 
 
-def _decode(data: bytes | memoryview, formats: tuple[str, ...], where: str) -> Image.Image:
+def _decode(
+    data: bytes | memoryview,
+    formats: tuple[str, ...],
+    where: str,
+    reduction: Reduction | None = None,
+) -> Image.Image:
+    def decode(image: Image.Image) -> Image.Image:
+        if reduction is not None and image.format == "JPEG":
+            divisor = reduction(*_upright_size(image))
+            # libjpeg's own scaling, before the inverse cosine transform: it saves its time.
+            image.draft(None, (image.width // divisor, image.height // divisor))
+        image.load()
+        return to_rgb(_upright(image))
+
+    return _opened(data, formats, where, decode)
+
+
+def _opened(
+    data: bytes | memoryview,
+    formats: tuple[str, ...],
+    where: str,
+    use: Callable[[Image.Image], T],
+) -> T:
+    """Return what `use` makes of an image of which only the head was read."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BadImage(f"{where}: {width} x {height} pixels; the limit is {MAX_PIXELS}")
-            image.load()
-            return to_rgb(_upright(image))
+            return use(image)
     except BadImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -89,12 +142,21 @@ def _decode(data: bytes | memoryview, formats: tuple[str, ...], where: str) -> I
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
-        return image  # a damaged EXIF block says nothing of the pixels
-    turn = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return None  # a damaged EXIF block says nothing of the pixels
+    return _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _turn(image) in _SWAPPING else (width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,35 +1,27 @@
 """Bring a model from elsewhere into a store, so that it can be a run's first teacher."""
 
-import io
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from models.architectures import ArchitectureConfig, Normalization
 from models.description import (
     ModelDescription,
-    UnreadableModel,
     main_head,
     model_from_weights,
-    weights_from_bytes,
     weights_to_bytes,
 )
-from storage.addresses import sha256_hex
+from storage.addresses import settings_of, sha256_hex
 from storage.manifest import Manifest, commit_manifest
 from storage.objects import read_object
 from storage.store import Store
 from tasks.classifiers import put_model
 from tasks.specifications import Specification
+from tasks.state_dicts import state_dict_from_bytes, with_classifier_names
 
 VERSION = 1
-
-# A deflated checkpoint of a few hundred kB can expand to hundreds of MB.
-_MAX_EXPANSION = 4
 
 
 def import_model(
@@ -75,11 +67,14 @@ def import_model(
     except ValidationError as error:
         raise ValueError(f"the model's description is not valid: {error}") from None
     data = read_object(weights_url)
-    tensors = _with_prefix(_state_dict(data, weights_url))
+    tensors = with_classifier_names(state_dict_from_bytes(data, weights_url))
     loaded = model_from_weights(description, tensors, where=weights_url)
     weights = weights_to_bytes(loaded.classifier)
+    described_settings = description.model_dump(mode="json", by_alias=True, exclude={"lineage"})
+    # An option that the architecture learned later leaves the fingerprints of older models alone.
+    described_settings["architecture"] = settings_of(description.architecture)
     settings: dict[str, Any] = {
-        "description": description.model_dump(mode="json", by_alias=True, exclude={"lineage"}),
+        "description": described_settings,
         "weights_sha256": sha256_hex(weights),
     }
     specification = Specification("import", VERSION, settings, {})
@@ -96,38 +91,6 @@ def import_model(
     )
     commit_manifest(store, specification.folder, manifest)
     return store.url_of(specification.folder)
-
-
-def _state_dict(data: bytes, where: str) -> Mapping[str, Tensor]:
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return weights_from_bytes(data, where=where)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        expanded = sum(member.file_size for member in archive.infolist())
-    if expanded > _MAX_EXPANSION * len(data):
-        raise UnreadableModel(
-            f"{where}: {len(data)} bytes that expand to {expanded}: torch does not compress"
-            " checkpoints, so this is refused"
-        )
-    try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UnreadableModel(
-            f"{where}: not a plain state dict (read with weights_only, so that it cannot run"
-            f" code): {error}. Save it with torch.save(model.state_dict(), ...) or as safetensors"
-        ) from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UnreadableModel(f"{where}: holds a {type(found).__name__}, not a state dict")
-    return found
-
-
-def _with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the tensors as our classifiers do: backbone.<name in the network>."""
-    plain = {
-        name.removeprefix("module.").removeprefix("backbone."): t for name, t in tensors.items()
-    }
-    return {f"backbone.{name}": tensor for name, tensor in plain.items()}
 
 
 def _triple(text: str) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tasks.labeling import LabelingStopped
+from tasks.launching import TrainingNotSeen
 from tasks.training import TrainingStopped
 
 # Storage has retried for minutes already when an error gets here (storage/retries.py), so a task's
@@ -18,7 +19,7 @@ def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when run again; for `retry_condition_fn`."""
     try:
         state.result()
-    except (*_NEVER, TrainingStopped, LabelingStopped):
+    except (*_NEVER, TrainingStopped, TrainingNotSeen, LabelingStopped):
         return False
     except Exception:
         pass  # whatever else it was, it may have been the machine

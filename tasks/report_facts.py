@@ -153,20 +153,28 @@ def selections(store: Store, status: Mapping[str, Any]) -> list[RoundSelection]:
 
 
 def trainings(store: Store, status: Mapping[str, Any]) -> list[Training]:
-    """Return the finished trainings: the teacher, the students by round, the baseline."""
+    """Return the finished trainings: of the teacher, the students by round, the baseline.
+
+    A model that was fine-tuned has several, in their order.
+    """
     found: list[Training] = []
     for one in [*status["rounds"], status["baseline"]]:
-        manifest = finished_stage(store, one, "train")
-        if manifest is None:
-            continue
-        found.append(
-            Training(
-                label=_model_label(None if one is status["baseline"] else one["round_index"]),
-                curve=read_curve(store, manifest),
-                counts=manifest.counts,
-                provenance=_provenance(store, "train", manifest.fingerprint),
+        for stage in one["stages"] if one else ():
+            if stage["kind"] != "train" or stage["state"] not in ("done", "reused"):
+                continue
+            manifest = read_result(store, "train", stage["fingerprint"])
+            assert manifest is not None, "its state says that it is finished"
+            model = _model_label(None if one is status["baseline"] else one["round_index"])
+            part = (stage.get("part") or "").replace("_", " ")
+            is_follower = part in ("finetune", "resolution fix")
+            found.append(
+                Training(
+                    label=f"{model} · {part}" if is_follower else model,
+                    curve=read_curve(store, manifest),
+                    counts=manifest.counts,
+                    provenance=_provenance(store, "train", manifest.fingerprint),
+                )
             )
-        )
     return found
 
 

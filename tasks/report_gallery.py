@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.calibration import apply_temperature
 from storage.corpus import (
     Corpus,
     MissingShard,
@@ -26,6 +25,7 @@ from storage.store import Store
 from tasks.images import BadImage, decode_image
 from tasks.report_facts import RoundSelection
 from tasks.report_formats import words
+from tasks.selection_rows import calibrated_and_debiased, from_summary
 from tasks.specifications import folder_of
 
 MAX_ROUNDS = 3
@@ -185,7 +185,7 @@ def _read_rows(store: Store, selection: RoundSelection, shards: Sequence[Shard])
     labeling = read_manifest(store, _labeling_folder(selection))
     if labeling is None:
         return None
-    temperature = selection.summary.get("temperature")
+    temperature, vector, offsets = from_summary(selection.summary)
     parts: list[_Rows] = []
     for shard in shards:
         record = read_record(store, labeling.inputs["labeler"].fingerprint, shard.digest)
@@ -199,18 +199,16 @@ def _read_rows(store: Store, selection: RoundSelection, shards: Sequence[Shard])
             where=store.url_of(stored.path),
         )
         reasons = dict(zip(chosen.keys, chosen.reason.tolist(), strict=True))
-        label = predictions.label.astype(np.int64)
-        confidence = predictions.confidence.astype(np.float64)
-        if temperature is not None:  # as the threshold saw it
-            log_probs = apply_temperature(predictions.log_probs, temperature)
-            confidence = np.exp(log_probs[np.arange(len(label)), label])
+        label, confidence, _ = calibrated_and_debiased(
+            predictions, temperature=temperature, vector=vector, offsets=offsets
+        )
         parts.append(
             _Rows(
                 keys=np.array([sample_key(shard.stem, key) for key in predictions.keys]),
                 reason=np.array([reasons[key] for key in predictions.keys], dtype=np.int8),
-                label=label,
+                label=label.astype(np.int64),
                 true_label=predictions.true_label.astype(np.int64),
-                confidence=confidence,
+                confidence=confidence.astype(np.float64),
             )
         )
     return _Rows(

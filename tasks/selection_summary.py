@@ -29,7 +29,7 @@ class ShardCounts:
 
     Attributes:
         quality: samples, items, distinct images, and how many of those are truly labelled.
-        predicted: (C,) samples by predicted class.
+        predicted: (C,) samples by predicted class, after what calibration and debiasing moved.
         unique: (C,) selected images by class.
         copies: (C,) selected items by class, copies counted.
         reasons: number of samples by the name of the reason.
@@ -65,7 +65,7 @@ class ShardCounts:
         """Count one shard; true labels enter here, after everything has been decided."""
 
         def by_class(weights: NDArray[Any]) -> NDArray[np.int64]:
-            counts = np.bincount(predictions.label, weights=weights, minlength=num_classes)
+            counts = np.bincount(selection.label, weights=weights, minlength=num_classes)
             return counts.astype(np.int64)
 
         bins = np.minimum((confidences * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
@@ -74,11 +74,9 @@ class ShardCounts:
             return np.bincount(bins[mask], minlength=CONFIDENCE_BINS).astype(np.int64)
 
         is_known = predictions.true_label >= 0
-        is_true = predictions.label.astype(np.int64) == predictions.true_label
+        is_true = selection.label.astype(np.int64) == predictions.true_label
         return cls(
-            quality=pseudo_label_quality(
-                predictions.label, predictions.true_label, selection.copies
-            ),
+            quality=pseudo_label_quality(selection.label, predictions.true_label, selection.copies),
             predicted=by_class(np.ones(predictions.num_samples)),
             unique=by_class(selection.kept),
             copies=by_class(selection.copies),
@@ -181,18 +179,27 @@ def summarize(
 
 
 def check_selection_is_sound(
-    summary: dict[str, Any], *, max_class_share: float, allow_collapse: bool
+    summary: dict[str, Any],
+    *,
+    max_class_share: float,
+    allow_collapse: bool,
+    remedy: str = "lower selection.threshold.confidence",
 ) -> None:
     """Refuse a selection that would teach the student a collapsed class balance.
 
+    Args:
+        summary: of the selection.
+        max_class_share: of all selected items, of one class.
+        allow_collapse: refuse only an empty selection.
+        remedy: how more would be kept.
     Raises: EmptySelection; CollapsedSelection with the class table, unless it is allowed.
     """
     kept = summary["kept"]
     if kept == 0:
         raise EmptySelection(
             f"the selection keeps none of {summary['samples']} predictions"
-            f" (rejected: {_reasons(summary)}): lower selection.threshold.confidence, or look at"
-            " the teacher's dev accuracy and calibration"
+            f" (rejected: {_reasons(summary)}): {remedy}, or look at the teacher's dev accuracy"
+            " and calibration"
         )
     if allow_collapse:
         return
@@ -211,9 +218,8 @@ def check_selection_is_sound(
     if problems:
         raise CollapsedSelection(
             f"the selection has collapsed: {'; '.join(problems)}. A student trained on it would"
-            " forget the other classes. Lower selection.threshold.confidence, balance with a"
-            " quota, train a better teacher, or set selection.allow_collapse=true\n"
-            + class_table(summary)
+            f" forget the other classes. {remedy[0].upper()}{remedy[1:]}, balance with a quota,"
+            " train a better teacher, or set selection.allow_collapse=true\n" + class_table(summary)
         )
 
 

@@ -1,8 +1,7 @@
 """The items of one opened shard that a training reads, and their pixels."""
 
-from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -12,9 +11,18 @@ from models.noise import RandomResizedConfig, draw_boxes
 from models.randomness import Draws
 from models.training import TrainingConfig
 from storage.samples import RawSample
-from tasks.images import BadImage, clean_view, decode_image, random_resized_view
+from tasks.images import (
+    BadImage,
+    clean_view,
+    decode_image,
+    largest_reduction,
+    random_resized_view,
+    upright_size,
+)
 
 Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of the upright image, right and bottom exclusive."""
 
 
 class TooManyBadSamples(ValueError):
@@ -42,17 +50,34 @@ class BadSampleBudget:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the items of a shard are trained on: labels, or probabilities with weights.
+    """What items are trained on: labels, or probabilities with weights, or nothing.
 
     Attributes:
         labels: (n,) int64 class ids; None for pseudo-labelled items.
         probs: (n, C) float32, rows sum to 1, one-hot where hard; None for labelled items.
         weights: (n,) float32 beside `probs`.
+        confidences: (n,) float32 beside `probs`, the labeller's; None where nothing reads it.
     """
 
     labels: NDArray[np.int64] | None = None
     probs: NDArray[np.float32] | None = None
     weights: NDArray[np.float32] | None = None
+    confidences: NDArray[np.float32] | None = None
+
+    def take(self, rows: NDArray[np.int64]) -> "Targets":
+        """Return the targets of some rows, in their order."""
+        return Targets(**{name: values[rows] for name, values in self.present().items()})
+
+    def present(self) -> dict[str, NDArray]:
+        """Return the fields that are not None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @staticmethod
+    def joined(parts: Sequence["Targets"]) -> "Targets":
+        """Put several targets of one kind behind each other."""
+        names = parts[0].present()
+        return Targets(**{n: np.concatenate([p.present()[n] for p in parts]) for n in names})
 
 
 @dataclass
@@ -69,61 +94,106 @@ class ShardItems:
     key_hashes: NDArray[np.int64]
     targets: Targets
     budget: BadSampleBudget
-    _clean_views: dict[int, Pixels] = field(default_factory=dict)
+    num_bytes: int = 0
+    """What the images hold: of the process's memory or, where mapped, of the node's cache."""
+    is_mapped: bool = False
 
-    def fetch(
-        self,
-        items: NDArray[np.int64],
-        epochs: NDArray[np.int64],
-        stream: int,
-        config: TrainingConfig,
-        decoders: Executor,
-    ) -> tuple[NDArray[np.int64], list[Pixels]]:
-        """Return the items that were decodable in the place of `items`, and their (S, S, 3) views.
+    def in_memory(self) -> "ShardItems":
+        """Return the same items with images that keep no file of the cache in use."""
+        if not self.is_mapped:
+            return self
+        samples = [replace(s, image=memoryview(bytes(s.image))) for s in self.samples]
+        num_bytes = sum(len(sample.image) for sample in samples)
+        return replace(self, samples=samples, num_bytes=num_bytes, is_mapped=False)
+
+    def decode(
+        self, item: int, epoch: int, streams: Sequence[int], config: TrainingConfig
+    ) -> tuple[int, list[Pixels]]:
+        """Return the item that was decodable in the place of `item`, and its (S, S, 3) views.
 
         Args:
-            items: (n,) indices into this shard's items.
-            epochs: (n,) the epoch in which each is read; moves the random crop.
-            stream: of the stage's input noise.
+            item: index into this shard's items.
+            epoch: in which it is read; moves the random crop.
+            streams: of the input noise, one for each view that is cropped differently.
             config: view and crop.
-            decoders: threads that decode.
         """
+        for step in range(len(self.sample_of)):
+            candidate = (item + step) % len(self.sample_of)
+            sample = self.samples[int(self.sample_of[candidate])]
+            try:
+                boxes = None
+                if isinstance(config.noise.crop, RandomResizedConfig):
+                    boxes = self._boxes(candidate, epoch, streams, config.noise.crop)
+                return candidate, views_of(sample, boxes, config)
+            except BadImage as error:
+                self.budget.spend(sample.key, error)
+        raise TooManyBadSamples(f"shard {self.budget.stem}: no image could be decoded")
 
-        def fetch_one(item: int, epoch: int) -> tuple[int, Pixels]:
-            for step in range(len(self.sample_of)):
-                candidate = (item + step) % len(self.sample_of)
-                try:
-                    return candidate, self._view(candidate, epoch, stream, config)
-                except BadImage as error:
-                    self.budget.spend(self.samples[int(self.sample_of[candidate])].key, error)
-            raise TooManyBadSamples(f"shard {self.budget.stem}: no image could be decoded")
+    def _boxes(
+        self, item: int, epoch: int, streams: Sequence[int], crop: RandomResizedConfig
+    ) -> list[Box]:
+        sample = self.samples[int(self.sample_of[item])]
+        width, height = np.array(upright_size(sample.image, where=sample.key))[:, None]
+        place = (self.key_hashes[[item]], self.copies[[item]], np.array([epoch]))
+        return [draw_crops(crop, stream, *place, width, height)[0] for stream in streams]
 
-        found = list(decoders.map(fetch_one, items.tolist(), epochs.tolist()))
-        return np.array([item for item, _ in found], dtype=np.int64), [view for _, view in found]
 
-    def _view(self, item: int, epoch: int, stream: int, config: TrainingConfig) -> Pixels:
-        index = int(self.sample_of[item])
-        sample = self.samples[index]
-        crop = config.noise.crop
-        if not isinstance(crop, RandomResizedConfig):
-            if index not in self._clean_views:
-                image = decode_image(sample.image, where=sample.key)
-                self._clean_views[index] = clean_view(
-                    image, config.image_size, config.crop_padding, config.interpolation
-                )
-            return self._clean_views[index]
-        image = decode_image(sample.image, where=sample.key)
-        draws = Draws(
-            stream,
-            torch.tensor([int(self.key_hashes[item])]),
-            torch.tensor([int(self.copies[item])]),
-            torch.tensor([epoch]),
-        )
-        size = torch.tensor([image.width]), torch.tensor([image.height])
-        left, top, right, bottom = draw_boxes(crop, draws, *size)[0].tolist()
-        return random_resized_view(
-            image, config.image_size, (left, top, right, bottom), config.interpolation
-        )
+def draw_crops(
+    crop: RandomResizedConfig,
+    stream: int,
+    key_hashes: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    epochs: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    heights: NDArray[np.int64],
+) -> list[Box]:
+    """Return the crop of every sample's view, all arguments but the first two (n,)."""
+    place = (torch.from_numpy(np.asarray(one)) for one in (key_hashes, copies, epochs))
+    sides = (torch.from_numpy(np.asarray(one)) for one in (widths, heights))
+    return [
+        (left, top, right, bottom)
+        for left, top, right, bottom in draw_boxes(crop, Draws(stream, *place), *sides).tolist()
+    ]
+
+
+def views_of(
+    sample: RawSample, boxes: Sequence[Box] | None, config: TrainingConfig
+) -> list[Pixels]:
+    """Return the (S, S, 3) views of a sample: its crops, or its clean view without boxes.
+
+    Raises: BadImage.
+    """
+    size, interpolation = config.image_size, config.interpolation
+
+    def reduction(width: int, height: int) -> int:
+        if boxes is None:
+            side = min(width, height) * size / (size + config.crop_padding)
+            return largest_reduction(side, side, size)
+        return min(largest_reduction(box[2] - box[0], box[3] - box[1], size) for box in boxes)
+
+    is_reduced = config.decode == "reduced"
+    image = decode_image(
+        sample.image, where=sample.key, reduction=reduction if is_reduced else None
+    )
+    if boxes is None:
+        return [clean_view(image, size, config.crop_padding, interpolation)]
+    if is_reduced:
+        whole = upright_size(sample.image, where=sample.key)
+        boxes = [scaled_box(box, whole, image.size) for box in boxes]
+    return [random_resized_view(image, size, box, interpolation) for box in boxes]
+
+
+def scaled_box(box: Box, whole: tuple[int, int], reduced: tuple[int, int]) -> Box:
+    """Return where a box of the whole image lies in the reduced one."""
+    across, down = reduced[0] / whole[0], reduced[1] / whole[1]
+    left, top, right, bottom = box
+    # A product such as 3 * (1 / 3) may end a rounding error outside.
+    return (
+        left * across,
+        top * down,
+        min(right * across, reduced[0]),
+        min(bottom * down, reduced[1]),
+    )
 
 
 OpenShard = Callable[[int], ShardItems]

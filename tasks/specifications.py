@@ -16,6 +16,7 @@ _FOLDERS: dict[str, Callable[[str], str]] = {
     "select": addresses.selection_folder,
     "validate": addresses.evaluation_folder,
     "promote": addresses.evaluation_folder,
+    "materialize": addresses.compact_folder,
     "test": addresses.evaluation_folder,
 }
 

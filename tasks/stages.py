@@ -5,18 +5,20 @@ Tasks take and return references. A stage whose manifest exists ends at once as 
 
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from storage.checkpoints import delete_checkpoints
 from storage.manifest import Manifest
 from storage.store import Store
 from tasks import evaluation
 from tasks.classifiers import load_classifier
 from tasks.devices import DeviceChoice, resolve_device
-from tasks.launching import launch_worker
+from tasks.launching import ONE_LOCAL_PROCESS, LaunchConfig, launch_worker
 from tasks.live_progress import LiveProgress
+from tasks.materializing import materialize_if_useful
 from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
 from tasks.specifications import Specification
 from tasks.training_orders import TrainingOrder, place_order
@@ -56,12 +58,20 @@ def reused(store: Store, specification: Specification) -> State | None:
 
 @task(name="train", **TASK_OPTIONS)
 def train(
-    store: Store, order: TrainingOrder, *, device: DeviceChoice, label: str, artifact: str
+    store: Store,
+    order: TrainingOrder,
+    *,
+    device: DeviceChoice,
+    label: str,
+    artifact: str,
+    launch: LaunchConfig = ONE_LOCAL_PROCESS,
 ) -> Reference | State:
-    """Train in a worker process; goes on from the newest checkpoint."""
+    """Train in processes of its own, or wait for them; goes on from the newest checkpoint."""
     there = reused(store, order.specification)
     if there is not None:
+        delete_checkpoints(store, order.specification.fingerprint)  # of a run killed at its commit
         return there
+    materialize_if_useful(store, order)
     place_order(store, order)
     progress = LiveProgress(label, "steps", key=artifact)
     launch_worker(
@@ -71,6 +81,8 @@ def train(
         on_progress=lambda line: progress.update(
             line["step"], line["total_steps"], loss=line["loss"], lr=line["learning_rate"]
         ),
+        launch=launch,
+        announce=get_run_logger().info,
     )
     manifest = order.specification.result(store)
     assert manifest is not None, "the worker ended well without a manifest"

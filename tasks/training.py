@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections import ChainMap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ from models.training import (
     StepReport,
     TrainingConfig,
     TrainingState,
+    finish,
     initial_state,
     train,
 )
@@ -23,7 +26,6 @@ from storage.addresses import labeling_folder, selection_folder
 from storage.checkpoints import delete_checkpoints
 from storage.corpus import Corpus, load_corpus
 from storage.manifest import (
-    InputReference,
     Manifest,
     commit_manifest,
     put_object,
@@ -36,8 +38,11 @@ from tasks import provenance
 from tasks.batches import TrainingBatches
 from tasks.checkpointing import CheckpointKeeper
 from tasks.classifiers import put_model
+from tasks.materializing import find_compact
+from tasks.process_group import ALONE, ProcessGroup
 from tasks.specifications import Specification
-from tasks.training_orders import TrainingOrder
+from tasks.training_inputs import frozen_teacher, prior_of_classes, references, start_from
+from tasks.training_orders import TrainingOrder, images_per_step
 
 # The learning curve has about this many points, whatever the length of the training.
 _CURVE_POINTS = 200
@@ -69,15 +74,22 @@ def run_training(
     device: torch.device,
     on_report: Callable[[StepReport, int], None],
     should_stop: Callable[[], bool],
+    group: ProcessGroup = ALONE,
 ) -> Manifest:
     """Train from the newest checkpoint of any attempt, or from scratch, and commit the model.
+
+    Several processes train together by calling this alike. Rank 0 alone chooses the checkpoint and
+    writes to the store; the others get its state, read their own parts of every batch, and return
+    its manifest.
 
     Args:
         store: where inputs, checkpoints and the model lie.
         order: what to train.
         device: where.
         on_report: called with each report and the total number of steps.
-        should_stop: asked at each report; True writes a checkpoint and raises TrainingStopped.
+        should_stop: asked at each report; True on any rank writes a checkpoint and raises
+            TrainingStopped on all of them.
+        group: this process among those that train this model.
     Raises: TrainingStopped; TrainingDiverged; VersionsChanged; TooManyBadSamples.
     """
     started = time.monotonic()
@@ -89,10 +101,15 @@ def run_training(
     total_steps = config.duration.to_steps(config.batch_size, labeled.num_samples)
     selection, labeling = _selection_manifests(store, specification)
     state = initial_state(
-        config, len(class_names), seed=derive_seed(stream, "weights"), device=device
+        config,
+        len(class_names),
+        seed=derive_seed(stream, "weights"),
+        device=device,
+        prepare=partial(start_from, store, specification),
     )
     keeper = CheckpointKeeper(store, specification.fingerprint, config)
-    curve = keeper.resume(state)
+    curve = keeper.resume(state) if group.is_first else []
+    group.share_state(state)
     first_step = state.step
     # Often enough to stop and to save in time, rarely enough not to hold up an accelerator.
     report_every = max(1, min(10, total_steps // 50))
@@ -104,9 +121,13 @@ def run_training(
         class_names=class_names,
         selection=selection,
         labeling=labeling,
+        unlabeled=specification.inputs.get("unlabeled"),
         stage_stream=stream,
         device=device,
         max_bad_samples=order.max_bad_samples,
+        loader_threads=order.loading.loader_threads,
+        cache=order.loading.cache,
+        compact=None if selection is None else find_compact(store, selection.fingerprint),
     )
     try:
         for report in train(
@@ -117,6 +138,12 @@ def run_training(
             num_labeled=labeled.num_samples,
             layer_seed=derive_seed(stream, "layer-noise"),
             report_every=report_every,
+            forward_model=group.wrap(
+                state, accumulation_steps=config.accumulation_steps, device=device
+            ),
+            teacher=frozen_teacher(store, specification, config, device=device),
+            class_prior=prior_of_classes(store, config, labeling),
+            ranks=group.ranks,
         ):
             if report.step % curve_every == 0 or report.step == total_steps:
                 rate = report.learning_rate
@@ -124,32 +151,50 @@ def run_training(
                 curve.append(point | report.logs)
             on_report(report, total_steps)
             if report.step == total_steps:
+                # What is left to do can be killed, too, and must not cost the training.
+                if group.is_first:
+                    keeper.save(state, curve)
                 continue
-            if should_stop():
-                keeper.save(state, curve)
+            if group.any(should_stop()):
+                if group.is_first:
+                    keeper.save(state, curve)
+                # Together: what started the ranks ends all of them once one has ended.
+                group.wait()
                 raise TrainingStopped(
                     f"stopped at step {report.step} of {total_steps}, checkpoint written"
                 )
-            keeper.save_if_due(state, curve)
+            if group.is_first:
+                keeper.save_if_due(state, curve)
+        if group.is_first:
+            finish(state, config, batches.batch, total_steps=total_steps)
     except NonFiniteTraining as error:
         raise TrainingDiverged(f"{error}. {keeper.last_good()}") from error
     finally:
         batches.close()
-    manifest = _put_model(
-        store, specification, config, state, curve, labeled, selection, total_steps
-    )
-    # Before the manifest: a kill between the two loses neither.
-    provenance.record(
-        store,
-        specification.folder,
-        seconds=time.monotonic() - started,
-        device=device,
-        resumed_at_step=first_step,
-        steps=total_steps - first_step,
-        bad_samples=batches.bad_samples(),
-    )
-    committed = commit_manifest(store, specification.folder, manifest)
-    delete_checkpoints(store, specification.fingerprint)
+        keeper.close()
+    # Each rank has read other images.
+    bad_samples = dict(ChainMap(*group.gather(batches.bad_samples())))
+    committed: Manifest | None = None
+    if group.is_first:
+        manifest = _put_model(
+            store, specification, config, state, curve, labeled, selection, total_steps
+        )
+        # Before the manifest: a kill between the two loses neither.
+        provenance.record(
+            store,
+            specification.folder,
+            seconds=time.monotonic() - started,
+            device=device,
+            processes=group.ranks.world_size,
+            resumed_at_step=first_step,
+            steps=total_steps - first_step,
+            bad_samples=dict(sorted(bad_samples.items())),
+            fallbacks=state.fallbacks,
+        )
+        committed = commit_manifest(store, specification.folder, manifest)
+        delete_checkpoints(store, specification.fingerprint)
+    committed = group.share(committed)
+    assert committed is not None, "rank 0 has committed it"
     return committed
 
 
@@ -192,7 +237,7 @@ def _put_model(
     selection: Manifest | None,
     total_steps: int,
 ) -> Manifest:
-    settings = specification.settings
+    settings, seen = specification.settings, images_per_step(config)
     description = ModelDescription(
         architecture=config.architecture,
         heads=main_head(tuple(settings["class_names"])),
@@ -205,7 +250,7 @@ def _put_model(
             "role": settings["role"],
             "round_index": settings["round_index"],
             "inputs": dict(specification.inputs),
-            "weights": "ema" if config.ema is not None else "last",
+            "weights": config.used_weights,
         },
     )
     folder = specification.folder
@@ -215,22 +260,19 @@ def _put_model(
     )
     table = pa.Table.from_pylist(curve, schema=_CURVE_SCHEMA)
     metrics = put_object(store, folder, "metrics", write_table(table), "parquet")
-    inputs = {"labeled": InputReference(labeled.digest, labeled.digest)}
-    if selection is not None:
-        inputs["selection"] = InputReference(selection.fingerprint, selection.sha256)
     return Manifest(
         kind=specification.kind,
         fingerprint=specification.fingerprint,
         stage_version=specification.version,
         settings=settings,
-        inputs=inputs,
+        inputs=references(store, specification, selection),
         objects=(*model_objects, metrics),
         counts={
             "steps": total_steps,
             "curve_points": len(curve),
             "labeled_samples": labeled.num_samples,
-            "labeled_images_seen": total_steps * config.batch_size,
-            "pseudo_images_seen": total_steps * config.batch_size * config.unlabeled_ratio,
+            "labeled_images_seen": total_steps * seen.labeled,
+            "pseudo_images_seen": total_steps * seen.unlabeled,
             "parameters": sum(p.numel() for p in state.model.parameters()),
             "architecture": architecture_name(config.architecture),
         },

@@ -10,7 +10,6 @@ import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flows.graph import ModelRef, RunGraph, View
+from flows.graph import ModelRef, RunGraph, Training, model_of
 from models.architectures import SmallCnnConfig
-from models.balancing import (
-    finish_plan,
-    merge_candidates,
-    merge_histograms,
-    needs_candidates,
-    plan_balance,
-)
 from models.durations import Duration
 from models.noise import AffineConfig, NoiseConfig
 from models.optimization import AdamWConfig, EmaConfig
@@ -47,6 +39,7 @@ from storage.store import Store, open_store
 from tasks import evaluation, labeling, selection
 from tasks.classifiers import StoredClassifier, load_classifier
 from tasks.selection import SelectionConfig
+from tasks.selection_passes import plan_selection
 from tasks.specifications import Specification
 from tasks.training import run_training
 from tasks.training_orders import Role, TrainingOrder, specify
@@ -220,6 +213,7 @@ def run_selection(
     class_names: Sequence[str],
     seed: int = 0,
     round_index: int = 1,
+    labeled: str | None = None,
     groups: Sequence[Sequence[str]] | None = None,
     only_write: Sequence[str] | None = None,
 ) -> Manifest:
@@ -231,32 +225,31 @@ def run_selection(
         config,
         labeling=labels.fingerprint,
         validation="none" if validation is None else validation.fingerprint,
+        labeled=labeled,
         seed=seed,
         round_index=round_index,
     )
-    inputs, facts = selection.calibrate(store, specification, labels, validation)
+    inputs, facts = selection.calibrate(
+        store, specification, labels, validation, class_names=class_names
+    )
     if groups is None:
         groups = [list(labels.counts["shards"])]
-    counted = [selection.count_confidences(store, inputs, group, config) for group in groups]
-    plan = plan_balance(config.balance, reduce(merge_histograms, counted))
-    candidates = None
-    if needs_candidates(plan):
-        found = [
-            one
-            for group in groups
-            for one in selection.collect_candidates(store, inputs, group, config, plan)
-        ]
-        candidates = reduce(merge_candidates, found)
-    finished = finish_plan(plan, candidates)
+
+    def mapped(one_pass: Any, inputs: Any, config: SelectionConfig, *more: Any) -> list[Any]:
+        return [one_pass(store, inputs, group, config, *more) for group in groups]
+
+    planned = plan_selection(inputs, config, mapped)
     for group in groups if only_write is None else [only_write]:
-        selection.write_selections(store, specification, inputs, group, config, finished)
+        selection.write_selections(
+            store, specification, planned.inputs, group, config, planned.plan
+        )
     return selection.finish(
         store,
         specification,
         labels,
         validation,
         config,
-        facts=dict(facts),
+        facts=facts | planned.facts,
         class_names=class_names,
         seconds=0.0,
     )
@@ -488,22 +481,30 @@ def fingerprints_of() -> Callable[[RunGraph], dict[str, str]]:
             if graph.pins.test is not None:
                 stages[f"{name} test"] = graph.evaluate("test", model).fingerprint
 
+        def trained(name: str, trainings: Sequence[Training]) -> ModelRef:
+            """List a chain; its first training is called `name`, the others by their roles."""
+            for number, training in enumerate(trainings):
+                round_or_baseline = name.split()[0]
+                full = name if number == 0 else f"{round_or_baseline} {training.role}"
+                stages[full] = training.specification.fingerprint
+            return model_of(trainings)
+
         model = graph.first_model()
         stages["0 teacher"] = model.fingerprint
+        if graph.teacher():
+            trained("0 teacher", graph.teacher())
         evaluated("0", model)
         for i in range(1, graph.config.rounds + 1):
-            stages[f"{i} labeler"] = graph.labeler(model)
-            stages[f"{i} label"] = graph.label(model).fingerprint
-            stages[f"{i} select"] = graph.select(model, i).fingerprint
-            student = graph.student_model(model, i)
-            stages[f"{i} student"] = student.fingerprint
+            if graph.needs(i).selection:
+                stages[f"{i} labeler"] = graph.labeler(model)
+                stages[f"{i} label"] = graph.label(model).fingerprint
+                stages[f"{i} select"] = graph.select(model, i).fingerprint
+            student = trained(f"{i} student", graph.student(model, i))
             evaluated(str(i), student)
             stages[f"{i} promote"] = graph.promote(model, student).fingerprint
             model = student
         if graph.config.baseline:
-            specification, config = graph.baseline(graph.config.rounds)
-            stages["baseline train"] = specification.fingerprint
-            last = ModelRef(specification.fingerprint, View.of(config), graph.config.rounds)
+            last = trained("baseline train", graph.baseline(graph.config.rounds))
             evaluated("baseline", last)
         return stages
 

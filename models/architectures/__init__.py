@@ -1,34 +1,64 @@
 """Network architectures, one family a file, chosen by `kind`."""
 
+from collections.abc import Mapping
 from typing import Annotated, assert_never
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer  # pyright: ignore[reportMissingTypeStubs]
 
+from models.architectures import vision_transformer
+from models.architectures.airbench import AirbenchConfig, build_airbench
 from models.architectures.classifier import Classifier, Interpolation, Normalization
+from models.architectures.convnext import ConvNeXtConfig, build_convnext
 from models.architectures.efficientnet import EfficientNetConfig, build_efficientnet
+from models.architectures.efficientnet_v2 import EfficientNetV2Config, build_efficientnet_v2
+from models.architectures.freezing import freeze_shallow
+from models.architectures.mobilenet_v3 import MobileNetV3Config, build_mobilenet_v3
 from models.architectures.resnet import ResNetConfig, build_resnet
 from models.architectures.small_cnn import SmallCnnConfig, build_small_cnn
+from models.architectures.vision_transformer import VitConfig, build_vit
 from models.architectures.wide_resnet import WideResNetConfig, build_wide_resnet
 from models.noise.stochastic_depth import StochasticDepth, StochasticDepthConfig, set_drop_rates
 
 ArchitectureConfig = Annotated[
-    SmallCnnConfig | WideResNetConfig | ResNetConfig | EfficientNetConfig,
+    SmallCnnConfig
+    | WideResNetConfig
+    | ResNetConfig
+    | EfficientNetConfig
+    | EfficientNetV2Config
+    | ConvNeXtConfig
+    | VitConfig
+    | MobileNetV3Config
+    | AirbenchConfig,
     Field(discriminator="kind"),
 ]
 
+# In pixels; the others take images of 8.
+_SMALLEST_IMAGE = {"airbench": 9, "convnext": 32}
+
 __all__ = [
+    "AirbenchConfig",
     "ArchitectureConfig",
     "Classifier",
+    "ConvNeXtConfig",
     "EfficientNetConfig",
+    "EfficientNetV2Config",
     "Interpolation",
+    "MobileNetV3Config",
     "Normalization",
     "ResNetConfig",
     "SmallCnnConfig",
+    "VitConfig",
     "WideResNetConfig",
+    "adapted_weights",
+    "architecture_at",
     "architecture_name",
     "build_architecture",
     "build_classifier",
+    "check_architecture",
+    "freeze_shallow",
+    "torchvision_name",
 ]
 
 
@@ -65,9 +95,24 @@ def build_architecture(
             network = build_resnet(config, num_classes, dropout=rate)
         case EfficientNetConfig():
             network = build_efficientnet(config, num_classes, dropout=rate)
+        case EfficientNetV2Config():
+            network = build_efficientnet_v2(config, num_classes, dropout=rate)
+        case ConvNeXtConfig():
+            network = build_convnext(config, num_classes, dropout=rate)
+        case VitConfig():
+            network = build_vit(config, num_classes, dropout=rate)
+        case MobileNetV3Config():
+            network = build_mobilenet_v3(config, num_classes, dropout=rate)
+        case AirbenchConfig():
+            network = build_airbench(config, num_classes, dropout=rate)
         case _ as unreachable:
             assert_never(unreachable)
     branches = [m for m in network.modules() if isinstance(m, StochasticDepth)]
+    if stochastic_depth is not None and not branches:
+        raise ValueError(
+            f"stochastic depth has no effect with {config.kind}, which has no residual branches: "
+            "leave it out"
+        )
     set_drop_rates(branches, stochastic_depth)
     return network
 
@@ -93,10 +138,72 @@ def architecture_name(config: ArchitectureConfig) -> str:
         case SmallCnnConfig():
             return f"small_cnn-{config.width}x{config.depth}"
         case WideResNetConfig():
-            return f"wide_resnet-{config.depth}-{config.width}"
+            norm = "" if config.norm == "batch" else f"-{config.norm}"
+            return f"wide_resnet-{config.depth}-{config.width}{norm}"
         case ResNetConfig():
             return config.name
         case EfficientNetConfig():
             return f"efficientnet-{config.name}"
+        case EfficientNetV2Config() | ConvNeXtConfig() | MobileNetV3Config() | VitConfig():
+            return f"{config.kind}-{config.name}"
+        case AirbenchConfig():
+            return "airbench-" + "-".join(str(width) for width in config.widths)
         case _ as unreachable:
             assert_never(unreachable)
+
+
+def torchvision_name(config: ArchitectureConfig) -> str | None:
+    """Return torchvision's name of the model with the same weights, None where it has none."""
+    match config:
+        case ResNetConfig():
+            return config.name
+        case EfficientNetConfig():
+            return None if config.name == "l2" else f"efficientnet_{config.name}"
+        case EfficientNetV2Config() | ConvNeXtConfig() | MobileNetV3Config() | VitConfig():
+            return f"{config.kind}_{config.name}"
+        case SmallCnnConfig() | WideResNetConfig() | AirbenchConfig():
+            return None
+        case _ as unreachable:
+            assert_never(unreachable)
+
+
+def check_architecture(
+    config: ArchitectureConfig,
+    *,
+    image_size: int,
+    stochastic_depth: StochasticDepthConfig | None = None,
+) -> None:
+    """Raise ValueError if a network cannot take images of this size, or cannot drop branches."""
+    if isinstance(config, VitConfig) and config.image_size != image_size:
+        raise ValueError(
+            f"architecture.image_size={config.image_size} of vit must equal image_size="
+            f"{image_size}: its position embedding is made for one size"
+        )
+    smallest = _SMALLEST_IMAGE.get(config.kind, 8)
+    if image_size < smallest:
+        raise ValueError(
+            f"{config.kind} needs images of at least {smallest} pixels, image_size is {image_size}"
+        )
+    if isinstance(config, AirbenchConfig) and stochastic_depth is not None:
+        raise ValueError(
+            "noise.stochastic_depth has no effect with airbench, which has no residual branches: "
+            "leave it out"
+        )
+
+
+def architecture_at(config: ArchitectureConfig, image_size: int) -> ArchitectureConfig:
+    """Return the same architecture for images of another size; its weights are exchangeable.
+
+    Raises: ValueError if it cannot take that size.
+    """
+    if isinstance(config, VitConfig):
+        config = VitConfig(name=config.name, image_size=image_size)
+    check_architecture(config, image_size=image_size)
+    return config
+
+
+def adapted_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights made for another image size in the shapes of this network's."""
+    if isinstance(network, VisionTransformer):
+        return vision_transformer.adapted_to(network, weights)
+    return dict(weights)

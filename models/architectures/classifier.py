@@ -31,19 +31,72 @@ class Normalization(BaseModel):
 class Classifier(nn.Module):
     """A network behind its normalisation; float RGB (B, 3, H, W) in [0, 1] -> logits (B, C).
 
-    The normalisation is no part of the state dict: it belongs to the model's description.
+    The normalisation is no part of the state dict: it belongs to the model's description. An
+    auxiliary head is part of it, until training is over.
     """
 
     mean: Tensor
     std: Tensor
+    auxiliary_head: nn.Module | None
 
     def __init__(self, backbone: nn.Module, normalization: Normalization) -> None:
         super().__init__()
         self.backbone = backbone
         self.normalization = normalization
+        self.auxiliary_head = None
         for name, values in (("mean", normalization.mean), ("std", normalization.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        return self.backbone((images - self.mean) / self.std)
+    @property
+    def num_classes(self) -> int:
+        """C, the number of logits."""
+        return _last_linear(self.backbone).out_features
+
+    def forward(self, images: Tensor, *, with_auxiliary_head: bool = False) -> Tensor:
+        """Return the logits (B, C), or (2, B, C) with those of the auxiliary head second.
+
+        Both come from one call, so that DistributedDataParallel sees every parameter used.
+        """
+        normalized = (images - self.mean) / self.std
+        if not with_auxiliary_head:
+            return self.backbone(normalized)
+        if self.auxiliary_head is None:
+            raise ValueError("the classifier has no auxiliary head: call add_auxiliary_head first")
+        features: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            features.append(inputs[0])
+
+        handle = _last_linear(self.backbone).register_forward_pre_hook(keep)
+        try:
+            logits: Tensor = self.backbone(normalized)
+        finally:
+            handle.remove()
+        return torch.stack((logits, self.auxiliary_head(features[0])))  # (B, D) -> (B, C)
+
+    def add_auxiliary_head(self, hidden: int | None = None) -> None:
+        """Add a head of two layers on what the last linear layer reads, with fresh weights.
+
+        Weights come from torch's global generator: seed it before.
+
+        Args:
+            hidden: width of its hidden layer; None is that of the features.
+        """
+        main = _last_linear(self.backbone)
+        width = main.in_features if hidden is None else hidden
+        self.auxiliary_head = nn.Sequential(
+            nn.Linear(main.in_features, width), nn.ReLU(), nn.Linear(width, main.out_features)
+        )
+
+    def without_auxiliary_head(self) -> "Classifier":
+        """Return the classifier that is used after training; it shares weights with this one."""
+        if self.auxiliary_head is None:
+            return self
+        plain = Classifier(self.backbone, self.normalization)
+        plain.mean, plain.std, plain.training = self.mean, self.std, self.training
+        return plain
+
+
+def _last_linear(network: nn.Module) -> nn.Linear:
+    """Return the layer that gives the logits; every architecture here ends in a linear one."""
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]

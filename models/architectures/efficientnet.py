@@ -10,8 +10,6 @@ from torchvision.models.efficientnet import (  # pyright: ignore[reportMissingTy
     MBConvConfig,
 )
 
-_BATCH_NORM_EPS = 1e-3
-
 # (width, depth, resolution, dropout) multipliers and settings of the published networks.
 # Source: noisystudent efficientnet_builder.py; L2 also in timm's tf_efficientnet_l2.
 _PUBLISHED: dict[str, tuple[float, float, int, float]] = {
@@ -42,6 +40,14 @@ class EfficientNetConfig(BaseModel):
         le=1.0,
         description="Share of the new batch in the running statistics (the paper's 0.99 is 0.01 "
         "here); raise it for runs of fewer than some 2,000 steps.",
+    )
+    batch_norm_eps: float = Field(
+        default=1e-3,
+        gt=0.0,
+        le=1e-2,
+        description="Added to the variance. torchvision's own weights of b0 to b4 were trained "
+        "with 1e-5; the paper's, and torchvision's of b5 to b7, with 1e-3.",
+        json_schema_extra={"absent_means": 1e-3},
     )
 
 
@@ -76,7 +82,7 @@ def build_efficientnet(
         stage(6, 5, 2, 112, 192, 4),
         stage(6, 3, 1, 192, 320, 1),
     ]
-    norm = partial(nn.BatchNorm2d, eps=_BATCH_NORM_EPS, momentum=config.batch_norm_momentum)
+    norm = partial(nn.BatchNorm2d, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
     return EfficientNet(
         stages, dropout, stochastic_depth_prob=0.0, num_classes=num_classes, norm_layer=norm
     )

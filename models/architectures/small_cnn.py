@@ -23,7 +23,9 @@ class SmallCnnConfig(BaseModel):
     depth: int = Field(default=1, ge=1, le=32, description="Residual blocks in each stage.")
 
 
-class _Residual(nn.Module):
+class SmallCnnBlock(nn.Module):
+    """Two convolutions beside an identity."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -33,6 +35,7 @@ class _Residual(nn.Module):
         self.stochastic_depth = StochasticDepth(0.0, "row")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the input's shape."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(x + self.stochastic_depth(out))
 
@@ -56,7 +59,7 @@ class SmallCnn(nn.Module):
                 nn.MaxPool2d(2),  # before BatchNorm and ReLU: a quarter of their work
                 nn.BatchNorm2d(out_channels),
                 nn.ReLU(),
-                *(_Residual(out_channels) for _ in range(config.depth)),
+                *(SmallCnnBlock(out_channels) for _ in range(config.depth)),
             ]
             channels = out_channels
         self.features = nn.Sequential(*layers)

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from models.balancing.candidates import Candidates, merge_candidates
-from models.balancing.configs import BalanceNoneConfig, NsBinnedConfig, TopKConfig
+from models.balancing.cap_min import plan_cap_min
+from models.balancing.configs import (
+    BalanceNoneConfig,
+    CapMinConfig,
+    CrestConfig,
+    NsBinnedConfig,
+    TopKConfig,
+)
+from models.balancing.crest import plan_crest
 from models.balancing.histograms import confidence_histogram as _confidence_histogram
 from models.balancing.histograms import merge_histograms
 from models.balancing.ns_binned import NS_EDGES, NsBinnedPlan, ns_binned_copies, plan_ns_binned
@@ -37,6 +45,8 @@ __all__ = [
     "BalanceNoneConfig",
     "BalancePlan",
     "Candidates",
+    "CapMinConfig",
+    "CrestConfig",
     "FinishedPlan",
     "NoBalancePlan",
     "NsBinnedConfig",
@@ -53,11 +63,13 @@ __all__ = [
     "needs_candidates",
     "plan_balance",
     "randomly_rounded",
+    "reads_labeled_counts",
     "resolved_quota",
 ]
 
 BalanceConfig = Annotated[
-    BalanceNoneConfig | NsBinnedConfig | TopKConfig, Field(discriminator="kind")
+    BalanceNoneConfig | NsBinnedConfig | TopKConfig | CrestConfig | CapMinConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -89,8 +101,24 @@ def confidence_histogram(
     return _confidence_histogram(labels, confidences, num_classes=num_classes, edges=edges)
 
 
-def plan_balance(config: BalanceConfig, histogram: NDArray[np.int64]) -> BalancePlan:
-    """Finish of pass 1, from the histogram of all shards."""
+def reads_labeled_counts(config: BalanceConfig) -> bool:
+    """Whether the class counts of the labelled images enter."""
+    return isinstance(config, CrestConfig)
+
+
+def plan_balance(
+    config: BalanceConfig,
+    histogram: NDArray[np.int64],
+    *,
+    labeled_counts: NDArray[np.int64] | None = None,
+) -> BalancePlan:
+    """Finish of pass 1, from the histogram of all shards.
+
+    Args:
+        config: the rule.
+        histogram: (C, bins).
+        labeled_counts: (C,) labelled images of each class, where `reads_labeled_counts`.
+    """
     match config:
         case BalanceNoneConfig():
             return NoBalancePlan()
@@ -98,6 +126,12 @@ def plan_balance(config: BalanceConfig, histogram: NDArray[np.int64]) -> Balance
             return plan_ns_binned(config, histogram)
         case TopKConfig():
             return plan_top_k(config, histogram)
+        case CrestConfig():
+            if labeled_counts is None:
+                raise ValueError("crest needs the class counts of the labelled images")
+            return plan_crest(config, histogram, labeled_counts)
+        case CapMinConfig():
+            return plan_cap_min(config, histogram)
         case _:
             assert_never(config)
 

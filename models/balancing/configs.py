@@ -64,3 +64,41 @@ class TopKConfig(BaseModel):
         le=65535,
         description="Most copies of one sample. No effect without upsample.",
     )
+
+
+class CrestConfig(BaseModel):
+    """The most confident share of each class, the larger the rarer the class is among the labels.
+
+    The class of rank r by labelled images (1 the most frequent) keeps the share
+    (N_(C+1-r) / N_1) ** alpha of its pseudo-labels: the rarest class all, the most frequent the
+    least, for the few pseudo-labels of rare classes are the more precise ones.
+
+    Source: Wei et al. 2021 (CReST), section 3.3.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["crest"] = "crest"
+    alpha: float = Field(
+        default=1 / 3,
+        ge=0,
+        le=10,
+        description="Strength; 0 keeps everything, 1 takes the labels' whole imbalance out.",
+    )
+
+
+class CapMinConfig(BaseModel):
+    """As many of each class, the most confident ones, as the smallest class has.
+
+    Source: Rizve et al. 2021 (UPS), pseudo_labeling_util.py, which takes the least uncertain ones.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["cap_min"] = "cap_min"
+    floor: int = Field(
+        default=25,
+        ge=1,
+        description="Classes are never cut below this many; classes with nothing do not count as"
+        " the smallest.",
+    )

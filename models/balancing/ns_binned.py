@@ -32,7 +32,7 @@ class NsBinnedPlan:
     expected_copies: NDArray[np.float64]
     is_capped: NDArray[np.bool_]
 
-    def thresholds(self, floor: float) -> NDArray[np.float64]:
+    def thresholds(self, floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
         """The confidence from which on each class is kept, (C,), never below the `floor`."""
         return np.maximum(NS_EDGES[self.cut_bins], floor)
 

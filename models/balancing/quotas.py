@@ -22,7 +22,11 @@ def resolved_quota(k: int | Literal["median"], class_counts: NDArray[np.int64]) 
 
 
 def expected_copies(
-    quota: int, available: NDArray[np.int64], *, upsample: bool, max_copies: int
+    quota: int | NDArray[np.int64],
+    available: NDArray[np.int64],
+    *,
+    upsample: bool,
+    max_copies: int,
 ) -> NDArray[np.float64]:
     """Copies of each sample so that a class of `available` samples comes to `quota`.
 

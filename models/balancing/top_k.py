@@ -18,7 +18,7 @@ class TopKBoundary:
     """What the histogram tells: in which bin the k-th of each class lies.
 
     Attributes:
-        quota: k.
+        quotas: (C,) k.
         counts: (C,) samples that passed the threshold.
         cut_bins: (C,) bin of the k-th; -1 where the whole class is kept.
         wanted: (C,) rows of the cut bin that are kept, at least 1 where there is a cut, else 0.
@@ -26,7 +26,7 @@ class TopKBoundary:
         is_capped: (C,) whether max_copies keeps the class below the quota.
     """
 
-    quota: int
+    quotas: NDArray[np.int64]
     counts: NDArray[np.int64]
     cut_bins: NDArray[np.int64]
     wanted: NDArray[np.int64]
@@ -39,7 +39,7 @@ class TopKPlan:
     """What each class keeps: rows at least as good as its last one.
 
     Attributes:
-        quota: k.
+        quotas: (C,) k.
         counts: (C,) samples that passed the threshold.
         last_confidences: (C,) confidence of the k-th row; 0 where the whole class is kept.
         last_keys: (C,) its key; of equal confidences the keys up to it are kept. None where the
@@ -48,42 +48,54 @@ class TopKPlan:
         is_capped: (C,) whether max_copies keeps the class below the quota.
     """
 
-    quota: int
+    quotas: NDArray[np.int64]
     counts: NDArray[np.int64]
     last_confidences: NDArray[np.float64]
     last_keys: tuple[str | None, ...]
     expected_copies: NDArray[np.float64]
     is_capped: NDArray[np.bool_]
 
-    def thresholds(self, floor: float) -> NDArray[np.float64]:
+    def thresholds(self, floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
         """The confidence from which on each class is kept, (C,), never below the `floor`."""
         return np.maximum(self.last_confidences, floor)
 
 
 def plan_top_k(config: TopKConfig, histogram: NDArray[np.int64]) -> TopKBoundary:
     """Find the bin of the k-th sample of each class in a (C, 4096) histogram."""
+    counts = histogram.sum(axis=1)
+    quotas = np.full(len(counts), resolved_quota(config.k, counts))
+    return plan_quotas(quotas, histogram, upsample=config.upsample, max_copies=config.max_copies)
+
+
+def plan_quotas(
+    quotas: NDArray[np.int64], histogram: NDArray[np.int64], *, upsample: bool, max_copies: int
+) -> TopKBoundary:
+    """Find the bin of the last sample of each class that its own quota keeps.
+
+    Args:
+        quotas: (C,) samples wanted of each class; 0 gives each of its samples 0 copies.
+        histogram: (C, 4096).
+        upsample: duplicate the samples of classes that have fewer.
+        max_copies: of one sample.
+    """
     if histogram.shape[1] != len(TOP_K_EDGES):
         raise ValueError(f"histogram of {histogram.shape[1]} bins, top_k needs 4096")
     counts = histogram.sum(axis=1)
-    quota = resolved_quota(config.k, counts)
     at_or_above = histogram[:, ::-1].cumsum(axis=1)[:, ::-1]  # (C, 4096)
-    has_cut = counts > quota
-    last_bins = (at_or_above >= quota).sum(axis=1) - 1
+    has_cut = counts > quotas
+    last_bins = (at_or_above >= quotas[:, None]).sum(axis=1) - 1
     cut_bins = np.where(has_cut, last_bins, -1)
     rows = np.arange(len(counts))
     above = at_or_above[rows, last_bins] - histogram[rows, last_bins]  # strictly above the bin
     copies = expected_copies(
-        quota,
-        np.minimum(counts, quota),
-        upsample=config.upsample,
-        max_copies=config.max_copies,
+        quotas, np.minimum(counts, quotas), upsample=upsample, max_copies=max_copies
     )
-    is_capped = (counts > 0) & (counts * config.max_copies < quota) & config.upsample
+    is_capped = (counts > 0) & (counts * max_copies < quotas) & upsample
     return TopKBoundary(
-        quota=quota,
+        quotas=quotas,
         counts=counts,
         cut_bins=cut_bins,
-        wanted=np.where(has_cut, quota - above, 0),
+        wanted=np.where(has_cut, quotas - above, 0),
         expected_copies=copies,
         is_capped=is_capped,
     )
@@ -125,7 +137,7 @@ def finish_top_k(boundary: TopKBoundary, candidates: Candidates) -> TopKPlan:
         last_confidences[label] = candidates.confidences[stop - 1]
         last_keys[label] = str(candidates.keys[stop - 1])
     return TopKPlan(
-        quota=boundary.quota,
+        quotas=boundary.quotas,
         counts=boundary.counts,
         last_confidences=last_confidences,
         last_keys=tuple(last_keys),

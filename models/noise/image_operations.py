@@ -1,4 +1,4 @@
-"""The image operations of RandAugment, each on a batch with one argument per sample.
+"""The image operations of the policies, each on a batch with one argument per sample.
 
 Images are float32 (N, 3, H, W) that hold whole numbers 0..255, and so are the results: the
 arithmetic is that of 8-bit images, with results cut off (not rounded) where the released code casts

@@ -1,16 +1,15 @@
 """RandAugment: a few random image operations per sample at one shared magnitude."""
 
 import math
-from enum import IntEnum
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from models.noise import image_operations as ops
 from models.noise.cutout import random_centers
-from models.noise.geometry import centered_maps, identity_maps
+from models.noise.fixmatch_augment import fixmatch_augment_
+from models.noise.operations import MOVES, NOTHING, Operation, apply_operations_
 from models.randomness import Block, Draws, scaled_integers
 
 _WORDS_PER_LAYER = 8
@@ -24,36 +23,6 @@ _SMALL_SIZE = 64
 
 _CLIPPED_MAGNITUDE = 10.0
 _CLIPPED_TRANSLATION = 0.45
-
-
-class Operation(IntEnum):
-    """The operations, in the order of the released code; the number is what is drawn."""
-
-    AUTOCONTRAST = 0
-    EQUALIZE = 1
-    INVERT = 2
-    ROTATE = 3
-    POSTERIZE = 4
-    SOLARIZE = 5
-    COLOR = 6
-    CONTRAST = 7
-    BRIGHTNESS = 8
-    SHARPNESS = 9
-    SHEAR_X = 10
-    SHEAR_Y = 11
-    TRANSLATE_X = 12
-    TRANSLATE_Y = 13
-    SOLARIZE_ADD = 14
-    CUTOUT = 15
-
-
-_MOVES = (
-    Operation.ROTATE,
-    Operation.SHEAR_X,
-    Operation.SHEAR_Y,
-    Operation.TRANSLATE_X,
-    Operation.TRANSLATE_Y,
-)
 
 
 class RandAugmentConfig(BaseModel):
@@ -74,6 +43,13 @@ class RandAugmentConfig(BaseModel):
     op_prob: float = Field(
         default=1.0, ge=0, le=1, description="Probability that a drawn operation is applied."
     )
+    magnitude_per_op: Literal["fixed", "uniform"] = Field(
+        default="fixed",
+        description="fixed: `magnitude`. uniform: FixMatch's form, 14 operations with one that "
+        "does nothing, each at a strength drawn uniformly from its own range, then a grey square "
+        "with a side of up to half the image's; magnitude and convention are not read.",
+        json_schema_extra={"absent_means": "fixed"},
+    )
     translate_pixels: float | None = Field(
         default=None,
         ge=0,
@@ -88,7 +64,16 @@ class RandAugmentConfig(BaseModel):
     )
 
     def model_post_init(self, context: object, /) -> None:
-        """Refuse pixels that the convention does not read."""
+        """Refuse what the convention or FixMatch's form does not read."""
+        if self.magnitude_per_op == "uniform":
+            unread = ("magnitude", "convention", "translate_pixels", "cutout_pixels")
+            fields = type(self).model_fields
+            given = [name for name in unread if getattr(self, name) != fields[name].default]
+            if given:
+                raise ValueError(
+                    f"randaugment.{given[0]}={getattr(self, given[0])} has no effect with "
+                    "magnitude_per_op: uniform, which has ranges of its own: remove it"
+                )
         if self.convention == "clip10" and (self.translate_pixels, self.cutout_pixels) != (
             None,
             None,
@@ -109,35 +94,28 @@ def drawn_operations(config: RandAugmentConfig, draws: Draws) -> Tensor:
     words = _words(config, draws)
     operations = scaled_integers(words[..., 0], num_operations(config))
     is_applied = words[..., 1] < round(config.op_prob * 2**32)
-    return torch.where(is_applied, operations, -1)
+    return torch.where(is_applied, operations, NOTHING)
 
 
 def randaugment(images: Tensor, config: RandAugmentConfig, draws: Draws) -> Tensor:
     """Return augmented float images (B, 3, H, W) that hold whole numbers 0..255, as the input."""
-    words = _words(config, draws)
-    operations = drawn_operations(config, draws).cpu()
     images = images.clone()
+    if config.magnitude_per_op == "uniform":
+        return fixmatch_augment_(images, config.num_ops, config.op_prob, draws)
+    words = _words(config, draws)
+    operations = drawn_operations(config, draws)
+    height, width = images.shape[-2:]
+    at_level = _arguments(config, height, width).to(words.device)
     for layer in range(config.num_ops):
-        moved: list[tuple[Operation, Tensor]] = []
-        for operation in Operation:
-            group = (operations[:, layer] == operation).nonzero()[:, 0]
-            if len(group) == 0:
-                continue
-            if operation in _MOVES:
-                moved.append((operation, group))
-                continue
-            chosen = group.to(images.device)
-            images[chosen] = _recolored(
-                images[chosen], operation, config, words[group.to(words.device), layer]
-            )
-        if moved:  # all rotations, shears and translations are one warp
-            height, width = images.shape[-2:]
-            maps = [
-                _maps(operation, config, words[group.to(words.device), layer], height, width)
-                for operation, group in moved
-            ]
-            chosen = torch.cat([group for _, group in moved]).to(images.device)
-            images[chosen] = ops.move(images[chosen], torch.cat(maps).to(images.device))
+        drawn, own = operations[:, layer], words[:, layer]
+        values = at_level[drawn.clamp(min=0)]
+        is_negative = (own[:, 2] >= 1 << 31) & _is_signed(drawn)
+        apply_operations_(
+            images,
+            drawn,
+            torch.where(is_negative, -values, values),
+            centers=random_centers(own[:, 3:5], height, width),
+        )
     return images
 
 
@@ -154,28 +132,30 @@ def _level(config: RandAugmentConfig) -> float:
     return magnitude / 10.0
 
 
-def _signed(words: Tensor, value: float) -> Tensor:
-    return torch.where(words[:, 2] >= 1 << 31, -value, value)
+def _is_signed(operations: Tensor) -> Tensor:
+    return torch.isin(operations, torch.tensor([int(move) for move in MOVES]).to(operations))
 
 
-def _maps(
-    operation: Operation, config: RandAugmentConfig, words: Tensor, height: int, width: int
-) -> Tensor:
-    """Return (N, 2, 3) maps. Rotations turn about the centre, shears keep the top left pixel."""
-    n, level = len(words), _level(config)
-    maps = identity_maps(n).to(words.device)
-    if operation is Operation.ROTATE:
-        angle = _signed(words, math.radians(30.0 * level))
-        cos, sin = torch.cos(angle), torch.sin(angle)
-        linear = torch.stack((cos, -sin, sin, cos), dim=1).view(n, 2, 2)
-        return centered_maps(linear, torch.zeros(n, 2, device=words.device), height, width)
-    if operation in (Operation.SHEAR_X, Operation.SHEAR_Y):
-        row, column = (0, 1) if operation is Operation.SHEAR_X else (1, 0)
-        maps[:, row, column] = _signed(words, 0.3 * level)
-        return maps
-    row, side = (0, width) if operation is Operation.TRANSLATE_X else (1, height)
-    maps[:, row, 2] = _signed(words, _translation(config, side) * level)
-    return maps
+def _arguments(config: RandAugmentConfig, height: int, width: int) -> Tensor:
+    """Return (16,) float32: the argument of each operation at the config's magnitude, unsigned."""
+    level = _level(config)
+    enhancement = 1.8 * level + 0.1
+    arguments = {
+        Operation.ROTATE: math.radians(30.0 * level),
+        Operation.POSTERIZE: float(int(4 * level)),
+        Operation.SOLARIZE: float(int(256 * level)),
+        Operation.COLOR: enhancement,
+        Operation.CONTRAST: enhancement,
+        Operation.BRIGHTNESS: enhancement,
+        Operation.SHARPNESS: enhancement,
+        Operation.SHEAR_X: 0.3 * level,
+        Operation.SHEAR_Y: 0.3 * level,
+        Operation.TRANSLATE_X: _translation(config, width) * level,
+        Operation.TRANSLATE_Y: _translation(config, height) * level,
+        Operation.SOLARIZE_ADD: float(int(110 * level)),
+        Operation.CUTOUT: float(_half_side(config, height, width)),
+    }
+    return torch.tensor([arguments.get(operation, 0.0) for operation in Operation])
 
 
 def _translation(config: RandAugmentConfig, side: int) -> float:
@@ -196,49 +176,3 @@ def _half_side(config: RandAugmentConfig, height: int, width: int) -> int:
     if at_ten is None:
         at_ten = _default_pixels(_RELEASED_CUTOUT, min(height, width))
     return int(_level(config) * at_ten)
-
-
-def _recolored(
-    images: Tensor, operation: Operation, config: RandAugmentConfig, words: Tensor
-) -> Tensor:
-    level = _level(config)
-
-    def full(value: float) -> Tensor:
-        return torch.full((images.shape[0],), value, device=images.device)
-
-    enhancement = full(1.8 * level + 0.1)
-    match operation:
-        case Operation.AUTOCONTRAST:
-            return ops.autocontrast(images)
-        case Operation.EQUALIZE:
-            return ops.equalize(images)
-        case Operation.INVERT:
-            return ops.invert(images)
-        case Operation.POSTERIZE:
-            return ops.posterize(images, full(float(int(4 * level))))
-        case Operation.SOLARIZE:
-            return ops.solarize(images, full(float(int(256 * level))))
-        case Operation.SOLARIZE_ADD:
-            return ops.solarize_add(images, full(float(int(110 * level))))
-        case Operation.COLOR:
-            return ops.color(images, enhancement)
-        case Operation.CONTRAST:
-            return ops.contrast(images, enhancement)
-        case Operation.BRIGHTNESS:
-            return ops.brightness(images, enhancement)
-        case Operation.SHARPNESS:
-            return ops.sharpness(images, enhancement)
-        case Operation.CUTOUT:
-            height, width = images.shape[-2:]
-            centers = random_centers(words[:, 3:5], height, width).to(images.device)
-            return ops.cut_out(images, centers, full(float(_half_side(config, height, width))))
-        case (
-            Operation.ROTATE
-            | Operation.SHEAR_X
-            | Operation.SHEAR_Y
-            | Operation.TRANSLATE_X
-            | Operation.TRANSLATE_Y
-        ):
-            raise AssertionError(f"{operation.name} is a move")
-        case _ as unreachable:
-            assert_never(unreachable)

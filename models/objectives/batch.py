@@ -30,7 +30,7 @@ class Batch:
     Attributes:
         images: (B_l + B_u, 3, H, W) float in [0, 1]; the first view of each stream with targets.
         labels: (B_l,) int64, class ids of the first B_l images; may be empty only beside
-            pseudo-targets.
+            pseudo-targets or views.
         label_targets: (B_l, C) float, what mixing made of the labels, smoothing included; None
             without mixing.
         pseudo_targets: (B_u, C) float, rows sum to 1 (one-hot where hard), or None without stream.
@@ -53,10 +53,12 @@ class Batch:
 
     def __post_init__(self) -> None:
         num_pseudo = 0 if self.pseudo_targets is None else len(self.pseudo_targets)
-        if len(self.images) < 1 or len(self.images) != len(self.labels) + num_pseudo:
+        is_empty = len(self.images) == 0 and not self.views
+        if is_empty or len(self.images) != len(self.labels) + num_pseudo:
             raise ValueError(
                 f"batch of {len(self.images)} images with {len(self.labels)} labels and "
-                f"{num_pseudo} pseudo-targets: images must be labels + pseudo-targets, at least 1"
+                f"{num_pseudo} pseudo-targets: images must be labels + pseudo-targets, at least 1 "
+                "where there are no views"
             )
         if self.pseudo_weights is not None and self.pseudo_weights.shape != (num_pseudo,):
             raise ValueError(

@@ -1,11 +1,12 @@
 """Optimisers: their settings, and how parameters are split by weight decay."""
 
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from models.optimization.lars import LARS
 from models.optimization.rmsprop_tf import RMSpropTF
 
 LrScaling = Literal["none", "linear_256"]
@@ -76,7 +77,32 @@ class RMSpropTFConfig(_OptimizerSettings):
     )
 
 
-OptimizerConfig = Annotated[AdamWConfig | SGDConfig | RMSpropTFConfig, Field(discriminator="kind")]
+class LARSConfig(_OptimizerSettings):
+    """Momentum SGD with steps scaled to each layer's weights; weight decay is L2.
+
+    Biases and BatchNorm are neither decayed nor scaled.
+    """
+
+    kind: Literal["lars"] = "lars"
+    lr: float = Field(default=0.3, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    lr_scaling: LrScaling = Field(
+        default="linear_256", description="As of SimCLR: lr per 256 labelled images."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="0 is none.")
+    trust_coefficient: float = Field(
+        default=1e-3,
+        gt=0,
+        allow_inf_nan=False,
+        description="Length of a layer's step over that of its weights, at learning rate 1.",
+    )
+    weight_decay: float = Field(
+        default=1e-6, ge=0, allow_inf_nan=False, description="L2: gradient + weight_decay * weight."
+    )
+
+
+OptimizerConfig = Annotated[
+    AdamWConfig | SGDConfig | RMSpropTFConfig | LARSConfig, Field(discriminator="kind")
+]
 
 
 def peak_learning_rate(config: OptimizerConfig, *, batch_size: int) -> float:
@@ -93,17 +119,18 @@ def peak_learning_rate(config: OptimizerConfig, *, batch_size: int) -> float:
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """An optimiser over the trainable parameters; its learning rate is set before every step.
 
-    Parameters of fewer than two dimensions (biases, BatchNorm scales and shifts) are not decayed.
+    Only what has two axes longer than 1 is decayed: no biases, no scales and shifts of
+    normalisations, no layer scales (C, 1, 1), no class token (1, 1, D).
 
     Raises: ValueError for nesterov with momentum 0, which could not take effect.
     """
     trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for p in trainable if p.ndim >= 2],
+            "params": [p for p in trainable if _is_matrix(p)],
             "weight_decay": config.weight_decay,
         },
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     match config:
         case AdamWConfig():
@@ -120,5 +147,17 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
                 momentum=config.momentum,
                 eps=config.eps,
             )
+        case LARSConfig():
+            groups[1]["adapt"] = False
+            return LARS(
+                groups,
+                lr=config.lr,
+                momentum=config.momentum,
+                trust_coefficient=config.trust_coefficient,
+            )
         case _:
             assert_never(config)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return sum(size > 1 for size in parameter.shape) >= 2

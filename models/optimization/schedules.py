@@ -35,6 +35,53 @@ class StaircaseConfig(BaseModel):
     )
 
 
+class LinearConfig(BaseModel):
+    """A straight line from the peak, reached at the end of the warm-up, to a fraction of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["linear"] = "linear"
+    final_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Last over peak learning rate."
+    )
+
+
+class FixMatchCosineConfig(BaseModel):
+    """The first 7/8 of a quarter of a cosine: from the peak to 0.195 of it, never to 0.
+
+    Source: Sohn et al. 2020, section 2.3: lr * cos(7 pi k / (16 K)).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["fixmatch_cosine"] = "fixmatch_cosine"
+
+
+class OneCycleConfig(BaseModel):
+    """A rise to the peak and a longer fall far below the start; it is its own warm-up.
+
+    Momentum is not cycled.
+
+    Source: Smith and Topin 2018; torch's OneCycleLR, with its numbers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["one_cycle"] = "one_cycle"
+    rise_fraction: float = Field(
+        default=0.3, gt=0, lt=1, description="Share of the training in which the rate rises."
+    )
+    initial_fraction: float = Field(
+        default=0.04, gt=0, le=1, description="First over peak learning rate."
+    )
+    final_fraction: float = Field(
+        default=4e-6, ge=0, le=1, description="Last over peak learning rate."
+    )
+    anneal: Literal["cosine", "linear"] = Field(
+        default="cosine", description="Shape of rise and fall."
+    )
+
+
 class ConstantConfig(BaseModel):
     """The peak learning rate throughout, after the warm-up."""
 
@@ -44,7 +91,13 @@ class ConstantConfig(BaseModel):
 
 
 ScheduleConfig = Annotated[
-    CosineConfig | StaircaseConfig | ConstantConfig, Field(discriminator="kind")
+    CosineConfig
+    | StaircaseConfig
+    | LinearConfig
+    | FixMatchCosineConfig
+    | OneCycleConfig
+    | ConstantConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -81,9 +134,9 @@ def learning_rate(
         )
     if step < warmup_steps:
         return peak * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
     match schedule:
         case CosineConfig():
-            progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
             cosine = 0.5 * (1 + math.cos(math.pi * progress))
             return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine)
         case StaircaseConfig():
@@ -91,7 +144,25 @@ def learning_rate(
                 batch_size=batch_size, num_labeled=num_labeled
             )
             return peak * schedule.decay_rate ** (step // interval)
+        case LinearConfig():
+            return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 - progress))
+        case FixMatchCosineConfig():
+            return peak * math.cos(7 * math.pi / 16 * progress)
+        case OneCycleConfig():
+            return peak * _one_cycle(progress, schedule)
         case ConstantConfig():
             return peak
         case _:
             assert_never(schedule)
+
+
+def _one_cycle(progress: float, schedule: OneCycleConfig) -> float:
+    """The learning rate over its peak, at a share of the training."""
+    if progress < schedule.rise_fraction:
+        start, end, done = schedule.initial_fraction, 1.0, progress / schedule.rise_fraction
+    else:
+        start, end = 1.0, schedule.final_fraction
+        done = (progress - schedule.rise_fraction) / (1 - schedule.rise_fraction)
+    if schedule.anneal == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    return start + (end - start) * done

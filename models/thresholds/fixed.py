@@ -22,11 +22,8 @@ class FixedThresholdConfig(BaseModel):
     )
 
 
-ThresholdConfig = FixedThresholdConfig  # a union by kind when there is a second rule
-
-
 def reaches_threshold(
-    confidences: NDArray[np.floating], config: ThresholdConfig
+    confidences: NDArray[np.floating], config: FixedThresholdConfig
 ) -> NDArray[np.bool_]:
     """Whether each confidence reaches the threshold; one equal to it is kept.
 

@@ -59,6 +59,7 @@ def trained_here() -> Iterator[list[str]]:
         *,
         device: DeviceChoice,
         on_progress: Callable[[dict[str, Any]], None],
+        **launch_options: Any,
     ) -> None:
         trained.append(fingerprint)
         run_training(

@@ -42,7 +42,13 @@ OVERRIDES = [
 
 FRACTION, TEXT = (float, int), (str,)
 INTERVAL: Any = [FRACTION]
-STAGE = {"kind": TEXT, "fingerprint": TEXT, "state": TEXT, "seconds": (float, type(None))}
+STAGE = {
+    "kind": TEXT,
+    "part": (str, type(None)),
+    "fingerprint": TEXT,
+    "state": TEXT,
+    "seconds": (float, type(None)),
+}
 ROUND = {
     "round_index": (int,),
     "architecture": TEXT,
@@ -69,6 +75,7 @@ STATUS = {
 }
 PLANNED = {
     "kind": TEXT,
+    "part": (str, type(None)),
     "round_index": (int,),
     "fingerprint": TEXT,
     "assumed": (bool,),
@@ -78,6 +85,8 @@ PLANNED = {
     "shards": (int, type(None)),
     "estimated_seconds": (float, type(None)),
     "estimated_bytes": (int, type(None)),
+    "read_bytes": (int,),
+    "read_bytes_cached": (int,),
 }
 PLAN = {"schema": (int,), "stages": [PLANNED]}
 
@@ -214,8 +223,8 @@ def test_wrong_configs_exit_2_and_name_key_value_and_known_ones(tmp_path: Path) 
     unknown_key = _invoke("plan", "demo", store, "--set=teacher.learning_rate=1", expect=2)
     assert "teacher.learning_rate = 1: unknown key; known here:" in unknown_key.stderr
     assert "optimizer" in unknown_key.stderr
-    out_of_bounds = _invoke("run", "demo", store, "--set", "rounds=0", expect=2)
-    assert "rounds = 0" in out_of_bounds.stderr
+    out_of_bounds = _invoke("run", "demo", store, "--set", "rounds=-1", expect=2)
+    assert "rounds = -1" in out_of_bounds.stderr
     no_recipe = _invoke("config", "imagenette", expect=2)
     assert "neither a file nor a recipe. Recipes:" in no_recipe.stderr
     assert "demo" in no_recipe.stderr

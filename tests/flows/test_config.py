@@ -3,14 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from flows.config import (
-    DigitsData,
-    GivenTeacher,
-    SelfTrainingConfig,
-    ShardsData,
-    TrainedTeacher,
-)
+from flows.config import DigitsData, SelfTrainingConfig, ShardsData
+from flows.trained_models import GivenTeacher, TrainedTeacher
 from models.architectures import SmallCnnConfig
+from models.objectives import JointConfig
 from models.training import TrainingConfig
 from storage.addresses import settings_of
 
@@ -38,6 +34,7 @@ def test_untagged_data_are_shards_and_an_untagged_teacher_is_trained():
     assert isinstance(config.data, ShardsData)
     assert isinstance(config.teacher, TrainedTeacher)
     assert config.teacher.unlabeled_ratio == 0
+    assert config.student is not None
     assert config.student.unlabeled_ratio == 3
 
 
@@ -76,7 +73,13 @@ def test_a_config_cannot_be_changed():
         ({"name": "Upper"}, "String should match pattern"),
         ({"name": "../escape"}, "String should match pattern"),
         ({"name": "a" * 64}, "String should match pattern"),
-        ({"rounds": 0}, "greater than or equal to 1"),
+        ({"rounds": -1}, "greater than or equal to 0"),
+        (
+            {"rounds": 0},
+            "rounds=0 trains the teacher alone, so student, baseline cannot take effect",
+        ),
+        ({"student": None}, "student is missing: rounds=2 students are to be trained"),
+        ({"data": {"labeled": "l", "dev": "d"}}, "data.unlabeled is missing"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"seed": 2**32}, "less than 4294967296"),
         ({"max_bad_samples": -1}, "greater than or equal to 0"),
@@ -134,6 +137,7 @@ def test_the_ladder_changes_rounds_and_its_last_step_holds():
         {"image_size": 16},
     ]
     student = parse(rounds=5, student=TRAINING | {"ladder": ladder}).student
+    assert student is not None
     first, second, third, fourth = (student.for_round(i) for i in (1, 2, 3, 4))
     assert first.architecture == SmallCnnConfig(width=4)
     assert (first.image_size, first.unlabeled_ratio) == (8, 3)
@@ -146,7 +150,9 @@ def test_the_ladder_changes_rounds_and_its_last_step_holds():
 
 
 def test_a_students_training_is_what_a_training_config_of_its_own_would_be():
-    plain = parse(student=TRAINING | {"ladder": [{"image_size": 16}]}).student.for_round(1)
+    student = parse(student=TRAINING | {"ladder": [{"image_size": 16}]}).student
+    assert student is not None
+    plain = student.for_round(1)
     direct = TrainingConfig.model_validate(TRAINING | {"image_size": 16})
     assert type(plain) is TrainingConfig
     assert plain == direct
@@ -163,3 +169,117 @@ def test_every_field_of_the_run_is_described():
     fields = {n: f for n, f in SelfTrainingConfig.model_fields.items() if n != "schema_version"}
     sections = {"data", "teacher", "student", "labeling", "selection", "stop"}
     assert [n for n, f in fields.items() if not f.description and n not in sections] == []
+
+
+FINETUNE = {"duration": {"steps": 3}, "optimizer": {"kind": "sgd", "lr": 0.001}, "batch_size": 6}
+FIX = FINETUNE | {"image_size": 16}
+FIXMATCH = TRAINING | {"objective": {"kind": "fixmatch"}}
+DISTILLED = TRAINING | {"objective": {"kind": "distillation"}}
+WIDER = {"architecture": {"kind": "small_cnn", "width": 8, "depth": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": TRAINING | {"finetune": FINETUNE}}, "order=joint has no stage on labels"),
+        (
+            {"student": TRAINING | {"order": "finetune_on_labels_last"}},
+            "order=finetune_on_labels_last ends on labels alone: describe that stage in finetune",
+        ),
+        (
+            {"student": FIXMATCH | {"order": "pretrain_then_finetune", "finetune": FINETUNE}},
+            "objective.kind=fixmatch reads none: use objective.kind: joint",
+        ),
+        (
+            {"student": TRAINING | {"resolution_fix": FINETUNE}},
+            "student.resolution_fix.image_size=None must be above image_size=8",
+        ),
+        (
+            {"teacher": TRAINING | {"resolution_fix": FIX | {"image_size": 8}}},
+            "teacher.resolution_fix.image_size=8 must be above image_size=8",
+        ),
+        (
+            # High enough for the first student, not for the second.
+            {"student": TRAINING | {"resolution_fix": FIX, "ladder": [{}, {"image_size": 16}]}},
+            "student.ladder, step 2.resolution_fix.image_size=16 must be above image_size=16",
+        ),
+        (
+            {"student": TRAINING | {"accumulation_steps": 3, "resolution_fix": FIX}
+             | {"resolution_fix": FIX | {"batch_size": 4}}},
+            "student.resolution_fix: Value error, 4 labeled images a step",
+        ),
+        ({"teacher": TRAINING | {"init": {"kind": "teacher"}}}, "'teacher' found using 'kind'"),
+        (
+            {"student": TRAINING | WIDER | {"init": {"kind": "teacher"}}},
+            "a student is a small_cnn-8x1 and the teacher before it a small_cnn-4x",
+        ),
+        (
+            {"student": TRAINING | {"init": {"kind": "pretrained", "weights": "w.pth"},
+                                    "ladder": [{}, WIDER]}},
+            "student.init.kind=pretrained takes weights over, but a student is a small_cnn-8x1",
+        ),
+        (
+            {"student": DISTILLED | {"image_size": 16}},
+            "the teacher of round 1, made for 8 pixels, the student's own views of 16",
+        ),
+        (
+            {"student": DISTILLED, "teacher": TRAINING | {"resolution_fix": FIX}},
+            "the teacher of round 1, made for 16 pixels, the student's own views of 8",
+        ),
+        (
+            # The first student's fix makes it a teacher of 16 pixels.
+            {"student": DISTILLED | {"resolution_fix": FIX}},
+            "the teacher of round 2, made for 16 pixels",
+        ),
+        ({"student": FIXMATCH}, "a student with objective.kind=fixmatch reads nothing of its"),
+        (
+            {"rounds": 1, "student": FIXMATCH, "selection": {"target": "hard"}},
+            "kind=fixmatch reads no stored pseudo-labels, so selection cannot take effect",
+        ),
+        (
+            {"rounds": 1, "student": FIXMATCH, "labeling": {"precision": "bf16"}},
+            "reads no stored pseudo-labels, so labeling cannot take effect",
+        ),
+        (
+            {"rounds": 0, "student": None, "baseline": False, "selection": {"target": "hard"}},
+            "rounds=0 trains the teacher alone, so selection cannot take effect",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_take_effect_or_fit_together_is_refused(changes, message):
+    with pytest.raises(ValidationError) as caught:
+        parse(**changes)
+    assert message in str(caught.value)
+
+
+def test_stages_after_a_training_stand_in_their_order():
+    student = parse(
+        student=TRAINING
+        | {"order": "finetune_on_labels_last", "finetune": FINETUNE, "resolution_fix": FIX}
+    ).student
+    assert student is not None
+    assert [role for role, _ in student.followers()] == ["finetune", "resolution_fix"]
+    assert student.for_round(1).objective == JointConfig()
+
+
+def test_pretraining_reads_pseudo_labels_alone_in_every_round():
+    student = parse(
+        student=TRAINING
+        | {"order": "pretrain_then_finetune", "finetune": FINETUNE, "ladder": [{}, WIDER]}
+    ).student
+    assert student is not None
+    for round_index in (1, 2):
+        objective = student.for_round(round_index).objective
+        assert isinstance(objective, JointConfig)
+        assert not objective.labeled_images
+
+
+def test_a_run_without_rounds_needs_neither_student_nor_unlabelled_data():
+    config = parse(rounds=0, student=None, baseline=False, data={"labeled": "l", "dev": "d"})
+    assert config.student is None
+    assert SelfTrainingConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_an_online_student_may_go_on_from_its_teacher_for_several_rounds():
+    config = parse(student=FIXMATCH | {"init": {"kind": "teacher"}})
+    assert config.rounds == 2

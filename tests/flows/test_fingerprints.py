@@ -10,10 +10,11 @@ import hashlib
 
 import pytest
 
-from flows.config import GivenTeacher, ShardsData
+from flows.config import ShardsData
 from flows.graph import RunGraph, View
 from flows.loading import load_config, recipe_names
 from flows.opening import Pins
+from flows.trained_models import GivenTeacher
 
 NUM_CLASSES = 10
 

@@ -1,12 +1,14 @@
 """The graph of a run: which stage depends on what, and on nothing else."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from flows.config import SelfTrainingConfig
 from flows.graph import RunGraph, View
 from flows.opening import Pins
+from tasks.training_orders import ImagesPerStep, images_per_step
 
 TRAINING = {
     "architecture": {"kind": "small_cnn", "width": 4, "depth": 1},
@@ -137,9 +139,9 @@ def test_nothing_has_a_test_evaluation_as_input():
     specifications = [
         run.label(model),
         run.select(model, 1),
-        run.student(model, 1)[0],
+        *(training.specification for training in run.student(model, 1)),
         run.promote(model, student),
-        run.baseline(2)[0],
+        *(training.specification for training in run.baseline(2)),
         run.evaluate("validate", student),
     ]
     for specification in specifications:
@@ -150,7 +152,7 @@ def test_nothing_has_a_test_evaluation_as_input():
 def test_the_student_learns_from_its_teachers_selection():
     run = graph()
     teacher = run.first_model()
-    specification, config = run.student(teacher, 1)
+    ((specification, config),) = run.student(teacher, 1)
     assert specification.inputs == {
         "labeled": PINS.labeled,
         "selection": run.select(teacher, 1).fingerprint,
@@ -177,7 +179,7 @@ def test_the_baseline_is_the_last_students_network_on_labels_alone():
     ladder = [{}, {"architecture": {"kind": "small_cnn", "width": 8, "depth": 1}}]
     run = graph(student=TRAINING | {"ladder": ladder})
     for last_round, width in ((1, 4), (2, 8)):
-        specification, config = run.baseline(last_round)
+        ((specification, config),) = run.baseline(last_round)
         assert config.architecture.kind == "small_cnn"
         assert config.architecture.width == width
         assert config.batch_size == 6 * 4
@@ -200,7 +202,7 @@ def test_a_given_teacher_is_trained_by_nobody():
     pins = replace(PINS, given_teacher="7" * 64)
     given = graph(pins, teacher={"kind": "given", "model": f"models/{'7' * 64}"})
     run = replace(given, given_view=View(32, 4, "bicubic"))
-    assert run.teacher() is None
+    assert run.teacher() == ()
     model = run.first_model()
     assert (model.fingerprint, model.view, model.round_index) == (
         "7" * 64,
@@ -208,4 +210,151 @@ def test_a_given_teacher_is_trained_by_nobody():
         0,
     )
     assert run.evaluate("validate", model).inputs["model"] == "7" * 64
-    assert graph().teacher() is not None
+    assert [training.role for training in graph().teacher()] == ["teacher"]
+
+
+FINETUNE = {"duration": {"steps": 3}, "optimizer": {"kind": "sgd", "lr": 0.001}, "batch_size": 6}
+FIX = FINETUNE | {"image_size": 16, "frozen_fraction": 0.5}
+
+
+def roles(trainings):
+    return [training.role for training in trainings]
+
+
+def test_stages_after_a_training_start_from_the_one_before_and_read_labels_alone():
+    run = graph(
+        student=TRAINING
+        | {"order": "finetune_on_labels_last", "finetune": FINETUNE, "resolution_fix": FIX}
+    )
+    teacher = run.first_model()
+    trainings = run.student(teacher, 1)
+    student, finetune, fix = trainings
+
+    assert roles(trainings) == ["student", "finetune", "resolution_fix"]
+    assert "selection" in student.specification.inputs
+    assert finetune.specification.inputs == {
+        "labeled": PINS.labeled,
+        "init": student.specification.fingerprint,
+    }
+    assert fix.specification.inputs["init"] == finetune.specification.fingerprint
+    assert "frozen_fraction" not in finetune.specification.settings
+    assert fix.specification.settings["frozen_fraction"] == 0.5
+    # What is validated, labels the next round and is promoted is the last one, under its own view.
+    model = run.student_model(teacher, 1)
+    assert (model.fingerprint, model.view.image_size) == (fix.specification.fingerprint, 16)
+    assert run.labeler(model) != run.labeler(run.first_model())
+    assert [training.specification.settings["round_index"] for training in trainings] == [1, 1, 1]
+
+
+def test_the_teachers_model_is_the_one_after_its_resolution_fix():
+    run = graph(teacher=TRAINING | {"resolution_fix": FIX})
+    trainings = run.teacher()
+    assert roles(trainings) == ["teacher", "resolution_fix"]
+    assert run.first_model().fingerprint == trainings[1].specification.fingerprint
+    assert run.first_model().view.image_size == 16
+
+
+def test_a_stage_after_the_training_leaves_the_training_itself_reusable(fingerprints_of):
+    plain, fixed = graph(), graph(student=TRAINING | {"resolution_fix": FIX})
+    before, after = fingerprints_of(plain), fingerprints_of(fixed)
+    assert after["1 student"] == before["1 student"]
+    assert after["1 validate"] != before["1 validate"]
+    assert set(after) - set(before) == {
+        "1 resolution_fix",
+        "2 resolution_fix",
+        "baseline resolution_fix",
+    }
+
+
+def test_pretraining_reads_no_labels_and_its_baseline_as_many_labels_as_it_pseudo_labels():
+    run = graph(
+        student=TRAINING
+        | {"order": "pretrain_then_finetune", "finetune": FINETUNE, "unlabeled_ratio": 4}
+    )
+    teacher = run.first_model()
+    pretraining, finetune = run.student(teacher, 1)
+    assert images_per_step(pretraining.config) == ImagesPerStep(labeled=0, unlabeled=24)
+    assert images_per_step(finetune.config) == ImagesPerStep(labeled=6, unlabeled=0)
+    baseline, baseline_finetune = run.baseline(2)
+    assert images_per_step(baseline.config) == ImagesPerStep(labeled=24, unlabeled=0)
+    assert baseline.config.duration == pretraining.config.duration
+    assert baseline_finetune.config == finetune.config
+    assert baseline_finetune.specification.inputs["init"] == baseline.specification.fingerprint
+
+
+def test_what_a_student_starts_from_is_an_input_of_its_training():
+    by_kind = {
+        "scratch": {},
+        "teacher": {"init": graph().first_model().fingerprint},
+        "model": {"init": "8" * 64},
+        "pretrained": {"init_weights": "8" * 64},
+    }
+    more = {"model": {"model": "models/x"}, "pretrained": {"weights": "w.pth"}}
+    for kind, expected in by_kind.items():
+        init = {"kind": kind} | more.get(kind, {})
+        pins = replace(PINS, student_init="8" * 64 if kind in more else None)
+        run = graph(pins, student=TRAINING | {"init": init})
+        (student,) = run.student(run.first_model(), 1)
+        inputs = student.specification.inputs
+        assert {n: v for n, v in inputs.items() if n.startswith("init")} == expected
+        # The same lead for the baseline; where it is the teacher's, without pseudo-labels.
+        (baseline,) = run.baseline(2)
+        inputs = baseline.specification.inputs
+        assert {n: v for n, v in inputs.items() if n.startswith("init")} == expected
+
+
+def test_each_student_that_starts_from_its_teacher_starts_from_the_last_student():
+    run = graph(student=TRAINING | {"init": {"kind": "teacher"}})
+    first = run.student_model(run.first_model(), 1)
+    (second,) = run.student(first, 2)
+    assert second.specification.inputs["init"] == first.fingerprint
+
+
+def test_a_teacher_may_start_from_pinned_weights():
+    init = {"kind": "pretrained", "weights": "torchvision:DEFAULT"}
+    run = graph(replace(PINS, teacher_init="8" * 64), teacher=TRAINING | {"init": init})
+    assert run.teacher()[0].specification.inputs == {
+        "labeled": PINS.labeled,
+        "init_weights": "8" * 64,
+    }
+
+
+ONLINE: dict[str, Any] = {"rounds": 1, "student": TRAINING | {"objective": {"kind": "fixmatch"}}}
+DISTILLED: dict[str, Any] = ONLINE | {"student": TRAINING | {"objective": {"kind": "distillation"}}}
+
+
+def test_an_online_student_reads_the_corpus_itself_and_no_selection(fingerprints_of):
+    run = graph(**ONLINE)
+    (student,) = run.student(run.first_model(), 1)
+    assert student.specification.inputs == {"labeled": PINS.labeled, "unlabeled": PINS.unlabeled}
+    assert not any(
+        name.split()[-1] in ("labeler", "label", "select") for name in fingerprints_of(run)
+    )
+    (baseline,) = run.baseline(1)
+    assert baseline.specification.inputs == {"labeled": PINS.labeled}
+    assert images_per_step(baseline.config) == ImagesPerStep(labeled=24, unlabeled=0)
+
+
+def test_a_distilled_student_has_its_teacher_as_an_input(changed):
+    run = graph(**DISTILLED)
+    teacher = run.first_model()
+    (student,) = run.student(teacher, 1)
+    assert student.specification.inputs == {
+        "labeled": PINS.labeled,
+        "unlabeled": PINS.unlabeled,
+        "teacher": teacher.fingerprint,
+    }
+    # Another teacher is another student; FixMatch's student does not know its teacher.
+    longer: dict[str, Any] = {"teacher": TRAINING | {"duration": {"steps": 13}}}
+    assert "1 student" in changed(graph(**DISTILLED), graph(**DISTILLED, **longer))
+    assert "1 student" not in changed(graph(**ONLINE), graph(**ONLINE, **longer))
+
+
+def test_a_corpus_that_grew_changes_the_online_student_too(changed):
+    grown = replace(PINS, unlabeled="9" * 64)
+    assert "1 student" in changed(graph(**ONLINE), graph(grown, **ONLINE))
+
+
+def test_a_run_without_rounds_is_a_teacher_and_its_evaluations(fingerprints_of):
+    run = graph(replace(PINS, unlabeled=None), rounds=0, student=None, baseline=False)
+    assert set(fingerprints_of(run)) == TEACHER

@@ -5,14 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flows.config import SelfTrainingConfig
 from flows.opening import open_run, reopen_run, resolve_inputs
 from storage.corpus import EmptyCorpus, MissingShard, load_corpus, load_locations, read_samples
-from storage.manifest import UnknownSchema, sealed
+from storage.manifest import UnknownSchema, read_stored, sealed
 from storage.runs import RunExists, UnknownRun, read_run_config
 from storage.samples import CorruptShard
 from tasks.classifiers import ClassesMismatch, UnknownModel
+from tasks.initial_weights import WeightsMismatch, initial_weights_path
 
 TRAINING = {
     "architecture": {"kind": "small_cnn", "width": 4, "depth": 1},
@@ -113,7 +116,7 @@ def test_resume_obeys_the_pins_and_not_what_urls_hold_today(lab, store, data):
     lab.write_shard(data / "labeled" / "labeled-0.tar", lab.images_of("n", 8, start=8100))
     again = open_run(store, config_of(data))
     assert again.pins == first.pins
-    corpus = load_corpus(store, again.pins.unlabeled)
+    corpus = load_corpus(store, again.pins.unlabeled or "")
     assert corpus.num_samples == 50
     # What has changed under the pins is never read as if it had not.
     labeled = load_corpus(store, again.pins.labeled)
@@ -123,7 +126,7 @@ def test_resume_obeys_the_pins_and_not_what_urls_hold_today(lab, store, data):
     assert len(read_samples(labeled, locations, "labeled-1")) == 8
     # A new run sees the new data.
     new = open_run(store, config_of(data, name="tonight"))
-    assert load_corpus(store, new.pins.unlabeled).num_samples == 55
+    assert load_corpus(store, new.pins.unlabeled or "").num_samples == 55
     assert new.pins.labeled != first.pins.labeled
     assert new.pins.dev == first.pins.dev
 
@@ -135,7 +138,7 @@ def test_shards_may_move_between_runs(store, data, tmp_path):
     second = open_run(store, config_of(moved, name="second"))
     assert second.pins == first.pins
     # Both runs find the shards where they lie now.
-    corpus = load_corpus(store, first.pins.unlabeled)
+    corpus = load_corpus(store, first.pins.unlabeled or "")
     assert read_samples(corpus, load_locations(store, corpus.digest), "unlabeled-0")
 
 
@@ -273,7 +276,7 @@ def test_a_labelled_split_without_class_names_says_where_to_write_them(store, da
 def test_a_corpus_to_label_needs_no_class_names(store, data):
     (data / "unlabeled" / "classes.json").unlink()
     run = open_run(store, config_of(data))
-    assert load_corpus(store, run.pins.unlabeled).class_names is None
+    assert load_corpus(store, run.pins.unlabeled or "").class_names is None
 
 
 def test_a_label_beyond_the_class_names_is_refused(store, data):
@@ -342,6 +345,90 @@ def test_a_given_teacher_of_other_classes_is_refused(pipeline, lab, data):
     )
     assert f"teacher.model = models/{pipeline.teacher.fingerprint} knows 3 classes" in message
     assert "only in the corpus: cyan; only in the model: red" in message
+
+
+# Weights to start from.
+
+
+def starting(model, **more):
+    return {"student": TRAINING | {"init": {"kind": "model", "model": model}} | more}
+
+
+def test_a_model_to_start_from_is_pinned_by_its_fingerprint(pipeline, data):
+    store, model = pipeline.lab.store, pipeline.teacher.fingerprint
+    run = open_run(store, config_of(data, name="init-model", **starting(f"models/{model}")))
+    assert (run.pins.student_init, run.pins.teacher_init) == (model, None)
+    assert reopen_run(store, "init-model").pins == run.pins
+
+
+def test_a_model_to_start_from_must_be_there_and_of_the_students_architecture(
+    pipeline, store, data
+):
+    message = refused(store, data, UnknownModel, **starting(f"models/{'a' * 64}"))
+    assert f"no finished model models/{'a' * 64}" in message
+    message = refused(store, data, ValueError, **starting(f"/elsewhere/models/{'a' * 64}"))
+    assert "student.init.model = /elsewhere" in message
+    wider = {"architecture": {"kind": "small_cnn", "width": 8, "depth": 1}}
+    config = config_of(
+        data, name="wider", **starting(f"models/{pipeline.teacher.fingerprint}", **wider)
+    )
+    with pytest.raises(WeightsMismatch, match=r"is a small_cnn-4x1, student.architecture a"):
+        open_run(pipeline.lab.store, config)
+
+
+def test_weights_from_elsewhere_are_copied_when_the_run_is_opened(pipeline, store, data, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    stored = pipeline.teacher.object("model")
+    weights.write_bytes(read_stored(pipeline.lab.store, stored))
+    init = {"init": {"kind": "pretrained", "weights": str(weights)}}
+    config = config_of(data, teacher=TRAINING | init, student=TRAINING | init)
+    run = open_run(store, config)
+    sha256 = run.pins.teacher_init
+    assert sha256 is not None
+    assert run.pins.student_init == sha256
+    assert store.read(initial_weights_path(sha256), sha256=sha256)
+    # Resume obeys the pin, whatever has become of the file.
+    weights.unlink()
+    assert open_run(store, config).pins == run.pins
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_computed(store, data, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file({"conv.weight": torch.zeros(2)}, weights)
+    init = {"init": {"kind": "pretrained", "weights": str(weights)}}
+    message = refused(store, data, WeightsMismatch, teacher=TRAINING | init)
+    assert f"{weights} does not fit small_cnn-4x1: missing" in message
+
+
+def test_students_can_start_from_a_given_teacher_of_their_architecture_only(pipeline, data):
+    store, teacher = pipeline.lab.store, given(f"models/{pipeline.teacher.fingerprint}")
+    init = {"init": {"kind": "teacher"}}
+    run = open_run(store, config_of(data, name="same", **teacher, student=TRAINING | init))
+    assert run.pins.student_init is None, "known round by round"
+    wider = {"architecture": {"kind": "small_cnn", "width": 8, "depth": 1}}
+    wider_student = TRAINING | init | wider
+    config = config_of(data, name="wider-than-given", **teacher, student=wider_student)
+    with pytest.raises(WeightsMismatch, match="small_cnn-8x1"):
+        open_run(store, config)
+
+
+def test_a_run_without_rounds_indexes_no_unlabelled_corpus(store, data):
+    shutil.rmtree(data / "unlabeled")
+    run = open_run(store, config_of(data, rounds=0, student=None, baseline=False))
+    assert run.pins.unlabeled is None
+
+
+def test_a_fine_tuning_shorter_than_its_warm_up_is_refused(store, data):
+    # 24 images in batches of 6: half an epoch is 2 steps.
+    finetune = {
+        "duration": {"labeled_epochs": 0.5},
+        "warmup": {"steps": 2},
+        "optimizer": {"kind": "sgd"},
+        "batch_size": 6,
+    }
+    order = {"order": "finetune_on_labels_last", "finetune": finetune}
+    message = refused(store, data, ValueError, student=TRAINING | order)
+    assert "student.finetune.warmup is 2 steps with the 24 images" in message
 
 
 # The demo's data.

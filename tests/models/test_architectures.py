@@ -1,5 +1,6 @@
 """Sizes, weight names, noise and configuration of the networks."""
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -10,31 +11,60 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from models.architectures import (
+    AirbenchConfig,
     ArchitectureConfig,
     Classifier,
+    ConvNeXtConfig,
     EfficientNetConfig,
+    EfficientNetV2Config,
+    MobileNetV3Config,
     Normalization,
     ResNetConfig,
     SmallCnnConfig,
+    VitConfig,
     WideResNetConfig,
+    architecture_at,
     architecture_name,
     build_architecture,
     build_classifier,
+    check_architecture,
+    torchvision_name,
 )
 from models.architectures.efficientnet import published_dropout, published_image_size
-from models.noise import StochasticDepthConfig
+from models.architectures.vision_transformer import VitBlock, interpolated_position_embedding
+from models.durations import Duration
+from models.noise import NoiseConfig, StochasticDepthConfig
 from models.noise.stochastic_depth import drop_rates
+from models.training_config import TrainingConfig
 
 _SMALL: list[Any] = [
     SmallCnnConfig(width=4),
     WideResNetConfig(depth=10, width=1),
     ResNetConfig(name="resnet18"),
     EfficientNetConfig(name="b0"),
+    WideResNetConfig(depth=10, width=1, norm="group"),
+    MobileNetV3Config(name="small"),
+]
+_LARGE: list[Any] = [
+    EfficientNetV2Config(name="s"),
+    ConvNeXtConfig(name="tiny"),
+    VitConfig(name="b_16", image_size=32),
 ]
 
 
 def _num_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
+
+
+def _stirred(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Random values for all weights and statistics, so that no zero hides a difference."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.rand(tensor.shape, generator=generator) * 0.05 + (name.endswith("var") * 0.5)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in network.state_dict().items()
+    }
 
 
 def _branches(network: nn.Module) -> list[StochasticDepth]:
@@ -70,6 +100,197 @@ def test_wide_resnet_28_2_has_1_47_million_parameters() -> None:
     assert _num_parameters(build_architecture(WideResNetConfig(), 10)) == 1_467_610
 
 
+@pytest.mark.parametrize(
+    ("width", "num_classes", "expected"),
+    # Published: WRN-28-10 36.5M (Zagoruyko and Komodakis 2016, table 4), WRN-28-8 23.4M (TorchSSL).
+    [(8, 100, 23_401_012), (10, 10, 36_479_194)],
+)
+def test_wider_wide_resnets_have_the_published_number_of_parameters(
+    width: int, num_classes: int, expected: int
+) -> None:
+    with torch.device("meta"):
+        network = build_architecture(WideResNetConfig(width=width), num_classes)
+    assert _num_parameters(network) == expected
+
+
+def test_group_norm_lets_no_image_see_another_and_has_the_same_weights() -> None:
+    # With BatchNorm (norm ignored) an image's logits change with its neighbours.
+    torch.manual_seed(0)
+    network = build_architecture(WideResNetConfig(depth=10, width=1, norm="group"), 4).train()
+    images = torch.randn(6, 3, 16, 16)
+    assert torch.allclose(network(images)[:2], network(images[:2]), atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    batch = build_architecture(WideResNetConfig(depth=10, width=1), 4)
+    assert not torch.allclose(batch(images)[:2], batch(images[:2]), atol=1e-5)
+    assert _num_parameters(network) == _num_parameters(batch)
+
+
+def test_group_norm_refuses_a_momentum_that_nothing_reads() -> None:
+    with pytest.raises(ValidationError, match=r"batch_norm_momentum=0.001 has no effect"):
+        WideResNetConfig(norm="group", batch_norm_momentum=0.001)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    # The numbers of torchvision's model tables, 1000 classes.
+    [
+        (EfficientNetV2Config(name="s"), 21_458_488),
+        (EfficientNetV2Config(name="m"), 54_139_356),
+        (EfficientNetV2Config(name="l"), 118_515_272),
+        (ConvNeXtConfig(name="tiny"), 28_589_128),
+        (ConvNeXtConfig(name="small"), 50_223_688),
+        (ConvNeXtConfig(name="base"), 88_591_464),
+        (ConvNeXtConfig(name="large"), 197_767_336),
+        (VitConfig(name="b_16"), 86_567_656),
+        (VitConfig(name="b_32"), 88_224_232),
+        (VitConfig(name="l_16"), 304_326_632),
+        (VitConfig(name="l_32"), 306_535_400),
+        (VitConfig(name="h_14", image_size=518), 633_470_440),
+        (MobileNetV3Config(name="small"), 2_542_856),
+        (MobileNetV3Config(name="large"), 5_483_032),
+    ],
+    ids=lambda value: architecture_name(value) if hasattr(value, "kind") else "",
+)
+def test_torchvisions_families_have_its_weights(config: Any, expected: int) -> None:
+    size = {"image_size": config.image_size} if isinstance(config, VitConfig) else {}
+    with torch.device("meta"):
+        ours = build_architecture(
+            config, 1000, dropout=0.5, stochastic_depth=StochasticDepthConfig()
+        )
+        theirs = torchvision.models.get_model(str(torchvision_name(config)), **size).state_dict()
+    assert _num_parameters(ours) == expected
+    # In the same order, too, so that optimiser states and checksums do not depend on ours.
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+        (k, v.shape) for k, v in theirs.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *_LARGE,
+        MobileNetV3Config(name="small"),
+        MobileNetV3Config(name="large"),
+        EfficientNetConfig(name="b0", batch_norm_eps=1e-5),
+    ],
+    ids=architecture_name,
+)
+def test_torchvisions_families_compute_what_torchvision_computes(config: Any) -> None:
+    """Fails if a block adds its branches otherwise, or if a norm has another epsilon."""
+    size = {"image_size": 32} if isinstance(config, VitConfig) else {}
+    with torch.device("meta"):
+        ours = build_architecture(config, 5, dropout=0.5)
+        theirs = torchvision.models.get_model(str(torchvision_name(config)), num_classes=5, **size)
+    weights = _stirred(ours.to_empty(device="cpu"))
+    ours.load_state_dict(weights)
+    theirs.to_empty(device="cpu").load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs.eval()(images)
+        assert torch.allclose(ours.eval()(images), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("config", [*_LARGE, MobileNetV3Config()], ids=architecture_name)
+def test_each_layer_noise_acts_alone_and_moves_no_weight(config: Any) -> None:
+    torch.manual_seed(3)
+    network = build_architecture(config, 5, stochastic_depth=StochasticDepthConfig(rate=0.9))
+    torch.manual_seed(3)
+    plain = build_architecture(config, 5).state_dict()
+    assert all(torch.equal(plain[k], v) for k, v in network.state_dict().items())
+    network.load_state_dict(_stirred(network))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        clean = network.eval()(images)
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        assert not torch.allclose(network(images), clean)
+        for branch in _branches(network):
+            branch.p = 0.0
+        assert torch.allclose(network(images), clean, rtol=1e-4, atol=1e-5)
+        noisy = build_architecture(config, 5, dropout=0.5).train()
+        noisy.load_state_dict(network.state_dict())
+        for module in noisy.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        assert not torch.allclose(noisy(images), clean)
+
+
+def test_both_branches_of_a_transformer_block_can_be_dropped() -> None:
+    with torch.device("meta"):
+        network = build_architecture(VitConfig(name="b_32", image_size=32), 2)
+    block = next(m for m in network.modules() if isinstance(m, VitBlock)).to_empty(device="cpu")
+    block.load_state_dict(_stirred(block))
+    block.stochastic_depth.p = 1.0
+    tokens = torch.randn(2, 3, 768)
+    assert torch.equal(block.train()(tokens), tokens)
+    assert not torch.allclose(block.eval()(tokens), tokens)
+
+
+def test_position_embeddings_are_interpolated_over_the_grid_and_not_over_the_row() -> None:
+    # A plane 10 y + x over 2x2 patches stays a plane over 3x3, corners where they were: bicubic
+    # weights at the middle of two samples, the outer ones repeated, are -3/32, 19/32, 19/32, -3/32,
+    # so the middle of 0 and 1 is (19 - 3) / 32 = 1/2.
+    token = torch.full((1, 1, 1), -7.0)
+    plane = torch.tensor([0.0, 1.0, 10.0, 11.0]).view(1, 4, 1)
+    resized = interpolated_position_embedding(torch.cat([token, plane], 1), 9)
+    expected = [-7.0, 0.0, 0.5, 1.0, 5.0, 5.5, 6.0, 10.0, 10.5, 11.0]
+    assert resized.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="square grids"):
+        interpolated_position_embedding(torch.zeros(1, 6, 1), 9)
+
+
+def test_position_embeddings_agree_with_torchvisions() -> None:
+    embedding = torch.randn(1, 17, 6, generator=torch.Generator().manual_seed(0))
+    theirs = torchvision.models.vision_transformer.interpolate_embeddings(
+        96, 16, OrderedDict({"encoder.pos_embedding": embedding})
+    )["encoder.pos_embedding"]
+    assert torch.equal(interpolated_position_embedding(embedding, 36), theirs)
+
+
+def test_a_transformer_is_made_for_one_image_size() -> None:
+    with pytest.raises(ValidationError, match=r"must be a multiple .* 16 pixels: take 224"):
+        VitConfig(image_size=230)
+    with pytest.raises(ValueError, match=r"image_size=224 of vit must equal image_size=256"):
+        check_architecture(VitConfig(), image_size=256)
+    assert architecture_at(VitConfig(name="l_32"), 384) == VitConfig(name="l_32", image_size=384)
+    assert architecture_at(ResNetConfig(), 384) == ResNetConfig()
+    with pytest.raises(ValueError, match="convnext needs images of at least 32 pixels"):
+        architecture_at(ConvNeXtConfig(), 16)
+
+
+def test_a_training_refuses_what_its_architecture_cannot_take() -> None:
+    def training(architecture: Any, **noise: Any) -> TrainingConfig:
+        return TrainingConfig(
+            architecture=architecture,
+            image_size=256,
+            batch_size=4,
+            duration=Duration(steps=10),
+            noise=NoiseConfig(**noise),
+        )
+
+    assert training(AirbenchConfig()).image_size == 256
+    with pytest.raises(ValidationError, match="image_size=224 of vit must equal image_size=256"):
+        training(VitConfig())
+    with pytest.raises(ValidationError, match="stochastic_depth has no effect with airbench"):
+        training(AirbenchConfig(), stochastic_depth=StochasticDepthConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [(AirbenchConfig(widths=(4, 4, 4)), 9), (ConvNeXtConfig(), 32), (MobileNetV3Config(), 8)],
+    ids=lambda value: getattr(value, "kind", str(value)),
+)
+def test_the_smallest_image_that_is_allowed_gives_logits(config: Any, size: int) -> None:
+    check_architecture(config, image_size=size)
+    torch.manual_seed(0)
+    network = build_architecture(config, 2).eval()
+    with torch.no_grad():
+        assert network(torch.randn(2, 3, size, size)).shape == (2, 2)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_resnet_weight_names_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
@@ -93,7 +314,7 @@ def test_resnet_computes_what_torchvision_computes(name: str) -> None:
     assert torch.allclose(ours(images), theirs(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("config", _SMALL, ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", _SMALL, ids=architecture_name)
 def test_logits_have_a_row_per_image_and_a_column_per_class(config: Any) -> None:
     torch.manual_seed(0)
     network = build_architecture(config, 7).eval()
@@ -104,7 +325,7 @@ def test_small_cnn_takes_images_of_8_pixels() -> None:
     assert build_architecture(SmallCnnConfig(width=2), 3)(torch.randn(2, 3, 8, 8)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("config", _SMALL, ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", _SMALL, ids=architecture_name)
 def test_weights_depend_on_the_seed_and_not_on_the_noise(config: Any) -> None:
     torch.manual_seed(3)
     plain = build_architecture(config, 5).state_dict()
@@ -119,7 +340,7 @@ def test_weights_depend_on_the_seed_and_not_on_the_noise(config: Any) -> None:
     assert any(not torch.equal(plain[k], other[k]) for k in plain)
 
 
-@pytest.mark.parametrize("config", _SMALL, ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", _SMALL, ids=architecture_name)
 def test_layer_noise_acts_while_training_only(config: Any) -> None:
     torch.manual_seed(0)
     network = build_architecture(
@@ -153,6 +374,10 @@ def test_stochastic_depth_rates_of_16_blocks() -> None:
         (ResNetConfig(name="resnet50"), 16),
         (WideResNetConfig(), 12),
         (SmallCnnConfig(depth=2), 6),
+        (EfficientNetV2Config(name="s"), 40),
+        (ConvNeXtConfig(name="tiny"), 18),
+        (VitConfig(name="b_16"), 12),  # 24 if each residual branch had a number of its own
+        (MobileNetV3Config(name="large"), 15),
     ],
 )
 def test_blocks_are_numbered_through_the_network(config: Any, num_blocks: int) -> None:
@@ -204,7 +429,7 @@ def test_build_classifier_prefixes_the_networks_weights() -> None:
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(ArchitectureConfig)
 
 
-@pytest.mark.parametrize("config", _SMALL, ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", _SMALL, ids=architecture_name)
 def test_configs_survive_json(config: Any) -> None:
     assert _ADAPTER.validate_json(_ADAPTER.dump_json(config)) == config
 
@@ -239,4 +464,20 @@ def test_architecture_names_for_tables() -> None:
         "wide_resnet-10-1",
         "resnet18",
         "efficientnet-b0",
+        "wide_resnet-10-1-group",
+        "mobilenet_v3-small",
     ]
+    assert [architecture_name(c) for c in [*_LARGE, AirbenchConfig()]] == [
+        "efficientnet_v2-s",
+        "convnext-tiny",
+        "vit-b_16",
+        "airbench-64-256-256",
+    ]
+
+
+def test_networks_that_torchvision_has_weights_for_are_named_as_there() -> None:
+    known = set(torchvision.models.list_models())
+    assert {torchvision_name(c) for c in _LARGE} <= known
+    assert torchvision_name(EfficientNetConfig(name="b7")) == "efficientnet_b7"
+    nowhere = [EfficientNetConfig(name="l2"), SmallCnnConfig(), WideResNetConfig()]
+    assert [torchvision_name(c) for c in nowhere] == [None, None, None]

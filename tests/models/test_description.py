@@ -9,7 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from models.architectures import Classifier, Normalization, SmallCnnConfig, build_classifier
+from models.architectures import (
+    Classifier,
+    Normalization,
+    SmallCnnConfig,
+    VitConfig,
+    build_classifier,
+)
 from models.description import (
     ModelDescription,
     UnreadableModel,
@@ -104,6 +110,11 @@ def test_a_description_that_cannot_be_read_is_named(data: bytes, message: str) -
 def test_duplicate_class_names_are_refused() -> None:
     with pytest.raises(ValidationError, match="duplicate class names: \\['a'\\]"):
         _description(heads=main_head(("a", "b", "a")))
+
+
+def test_an_image_size_that_the_architecture_cannot_take_is_refused() -> None:
+    with pytest.raises(ValidationError, match="image_size=224 of vit must equal image_size=16"):
+        _description(architecture=VitConfig())
 
 
 def test_weights_are_the_same_bytes_each_time_and_come_back() -> None:

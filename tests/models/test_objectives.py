@@ -17,7 +17,7 @@ from models.objectives import (
     smooth_labels,
     soft_cross_entropy,
 )
-from models.objectives.joint import combine_losses
+from models.objectives.normalization import LossNormalization, combine_losses
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,18 @@ def loss_of(batch: Batch, logits: Tensor, config: JointConfig) -> tuple[Tensor, 
 @pytest.mark.parametrize(
     ("normalization", "expected"), [("labeled_batch", 7.0), ("concat_mean", 1.75)]
 )
-def test_loss_normaliser_matches_the_golden_values(normalization: str, expected: float):
+def test_loss_normaliser_matches_the_golden_values(
+    normalization: LossNormalization, expected: float
+):
     # mean losses 1 and 2 on batches of 4 and 12: (4 + 24) / 4 and (4 + 24) / 16
-    config = JointConfig.model_validate({"loss_normalization": normalization})
-    assert combine_losses(torch.full((4,), 1.0), torch.full((12,), 2.0), config).item() == expected
+    labeled, pseudo = torch.full((4,), 1.0), torch.full((12,), 2.0)
+    assert combine_losses(labeled, pseudo, normalization, weight=1, state={}).item() == expected
 
 
 def test_normalisers_differ_by_exactly_one_plus_the_ratio():
     labeled, pseudo = torch.rand(4), torch.rand(12)
-    released = combine_losses(labeled, pseudo, JointConfig())
-    prose = combine_losses(labeled, pseudo, JointConfig(loss_normalization="concat_mean"))
+    released = combine_losses(labeled, pseudo, "labeled_batch", weight=1, state={})
+    prose = combine_losses(labeled, pseudo, "concat_mean", weight=1, state={})
     assert (released / prose).item() == pytest.approx(4.0)
 
 

@@ -9,6 +9,7 @@ from storage.checkpoints import (
     delete_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
+    read_checkpoint,
     save_checkpoint,
 )
 from storage.manifest import UnknownSchema, read_record, sealed
@@ -114,22 +115,47 @@ def test_a_checkpoint_of_a_newer_version_is_not_silently_ignored(local_store: St
         newest_checkpoint(local_store, FP)
 
 
-def test_pruning_keeps_the_newest_complete_ones_of_this_attempt_only(store: Store):
+def test_pruning_keeps_the_newest_complete_ones_of_all_attempts(store: Store):
     for step in (10, 20, 30, 40):
         save(store, "a1", step)
     save(store, "b2", 5)
-    # 40 is not complete: 20 and 30 are the newest two.
+    save(store, "b2", 25)
+    # 40 is not complete, and may be being written: 25 and 30 are the newest two.
     store.delete(f"{BASE}/a1/000000000040/checkpoint.json")
-    prune_checkpoints(store, FP, "a1", keep=2)
-    assert paths_of(store, "a1") == [20, 30, 40]
-    assert paths_of(store, "b2") == [5]
-    prune_checkpoints(store, FP, "a1", keep=1)
+    prune_checkpoints(store, FP, keep=2)
     assert paths_of(store, "a1") == [30, 40]
+    assert paths_of(store, "b2") == [25]
+    prune_checkpoints(store, FP, keep=1)
+    assert (paths_of(store, "a1"), paths_of(store, "b2")) == ([30, 40], [])
+
+
+def test_what_a_killed_attempt_left_half_written_goes_with_the_older_ones(store: Store):
+    save(store, "a1", 10)
+    store.delete(f"{BASE}/a1/000000000010/checkpoint.json")
+    save(store, "b2", 20)
+    prune_checkpoints(store, FP, keep=2)
+    assert paths_of(store, "a1") == [10]  # fewer than two complete ones: nothing goes
+    save(store, "b2", 30)
+    save(store, "b2", 40)
+    prune_checkpoints(store, FP, keep=2)
+    assert (paths_of(store, "a1"), paths_of(store, "b2")) == ([], [30, 40])
+
+
+def test_one_checkpoint_is_read_by_its_place_whatever_else_is_there(store: Store):
+    save(store, "a1", 10)
+    save(store, "b2", 20)
+    found = read_checkpoint(store, FP, "a1", 10)
+    assert (found.step, found.attempt, found.read()) == (10, "a1", b"tensors of 10")
+    with pytest.raises(FileNotFoundError, match="b2/000000000010: no checkpoint there"):
+        read_checkpoint(store, FP, "b2", 10)
+    store.replace(found.state.path, b"tensors of 11")
+    with pytest.raises(CorruptObject):
+        read_checkpoint(store, FP, "a1", 10)
 
 
 def test_pruning_all_is_refused(local_store: Store):
     with pytest.raises(ValueError, match="keep=0"):
-        prune_checkpoints(local_store, FP, "a1", keep=0)
+        prune_checkpoints(local_store, FP, keep=0)
 
 
 def test_deleting_leaves_the_models_other_objects(store: Store):

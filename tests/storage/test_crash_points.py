@@ -21,7 +21,7 @@ store = open_store(sys.argv[1])
 begin = newest_checkpoint(store, "fp")
 for step in range(begin.step + 1 if begin else 1, 5):
     save_checkpoint(store, "fp", sys.argv[2], step, b"state %d" % step, {"position": step})
-    prune_checkpoints(store, "fp", sys.argv[2])
+    prune_checkpoints(store, "fp")
 objects = tuple(
     put_object(store, "models/fp", name, name.encode(), "bin", crash_kind="train")
     for name in ("model", "metrics")

@@ -16,7 +16,9 @@ from tasks.images import (
     decode_any_image,
     decode_image,
     image_kind,
+    largest_reduction,
     random_resized_view,
+    upright_size,
 )
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
@@ -301,3 +303,56 @@ def test_unknown_interpolation_lists_the_known_ones():
 
 def test_name_of_the_conversion_is_in_stored_fingerprints():
     assert images.CONVERSION == "pil-1"
+
+
+@pytest.mark.parametrize(
+    ("sides", "size", "expected"),
+    [
+        ((224, 500), 224, 1),
+        ((447, 500), 224, 1),  # half of 447 is 223: too small
+        ((448, 500), 224, 2),
+        ((900, 1791), 224, 4),
+        ((1792, 1792), 224, 8),
+        ((9000, 9000), 224, 8),  # libjpeg scales by at most 8
+    ],
+)
+def test_the_reduction_leaves_at_least_the_size(sides, size, expected):
+    width, height = sides
+    assert largest_reduction(width, height, size) == expected
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_is_decoded_at_a_part_of_its_sides(divisor, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation  # 6: stored lying on its side
+    y, x = np.mgrid[:97, :131]
+    smooth = np.stack([x, y * 2, x + y], axis=-1).astype(np.uint8)
+    data = encoded(Image.fromarray(smooth), "JPEG", exif=exif, quality=95)
+    upright = (131, 97) if orientation == 1 else (97, 131)
+    asked = []
+
+    def reduction(width, height):
+        asked.append((width, height))
+        return divisor
+
+    image = decode_image(data, where="s/0", reduction=reduction)
+    assert upright_size(data, where="s/0") == upright
+    assert asked == [upright]
+    assert image.size == tuple(-(-side // divisor) for side in upright)
+    # The same picture: it differs little from the whole one made smaller.
+    whole = decode_image(data, where="s/0").resize(image.size, Image.Resampling.BOX)
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(whole))
+    assert float(difference.mean()) < 6
+    assert (difference.max() == 0) == (divisor == 1)
+
+
+def test_other_formats_are_decoded_whole():
+    data = encoded(gradient(size=(64, 64)))
+    image = decode_image(data, where="s/0", reduction=lambda width, height: 8)
+    np.testing.assert_array_equal(np.asarray(image), decoded(data))
+
+
+def test_the_size_of_a_file_that_is_no_image_cannot_be_told():
+    with pytest.raises(BadImage, match=r"s/0: not a readable image"):
+        upright_size(b"not an image", where="s/0")

@@ -104,3 +104,26 @@ def test_the_first_positions_of_a_stream_are_these():
 def test_nothing_to_read_is_an_error():
     with pytest.raises(ValueError, match="no items to read: the labelled set or the selection"):
         SampleOrder([0, 0], stream=1)
+
+
+def test_the_shards_behind_a_window_are_those_that_are_read_after_it():
+    order, n = SampleOrder(MANY_SHARDS, stream=1), sum(MANY_SHARDS)
+    for epoch in (0, 1):
+        ends = [end + epoch * n for end in order._windows_of(epoch)[1].tolist()]
+        for start, end in zip([epoch * n, *ends[:-1]], ends, strict=True):
+            behind = order.next_shards(start)
+            assert behind == order.next_shards(end - 1)
+            # The next window holds nothing but these, and each of them.
+            after = order.next_shards(end)
+            length = sum(MANY_SHARDS[shard] for shard in behind)
+            assert set(order.read(end, length)[0].tolist()) == set(behind)
+            assert after != behind
+
+
+def test_windows_without_items_are_not_read_ahead():
+    # 40 shards, of which only a few have items: whole windows are empty.
+    for stream in range(20):
+        order = SampleOrder([3] + [0] * 38 + [5], stream=stream)
+        seen = [order.next_shards(position) for position in range(16)]
+        assert all(seen)
+        assert {shard for shards in seen for shard in shards} <= {0, 39}

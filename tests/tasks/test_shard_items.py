@@ -1,15 +1,24 @@
 """Items of an opened shard: views, copies, and what happens to images that cannot be decoded."""
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from models.noise import NoiseConfig, RandomResizedConfig
+from models.noise import NoCropConfig, NoiseConfig, RandomResizedConfig
 from models.randomness import hash_keys
 from storage.samples import RawSample
 from tasks.images import BadImage
-from tasks.shard_items import BadSampleBudget, ShardItems, Targets, TooManyBadSamples
+from tasks.shard_items import (
+    BadSampleBudget,
+    ShardItems,
+    Targets,
+    TooManyBadSamples,
+    draw_crops,
+    scaled_box,
+)
 
 BAD = b"not an image at all"
 
@@ -42,8 +51,13 @@ def make_items(lab):
 
 
 def fetch(items, wanted, decoders, config, *, epochs=None, stream=1):
-    epochs = np.zeros(len(wanted), np.int64) if epochs is None else np.array(epochs)
-    return items.fetch(np.array(wanted), epochs, stream, config, decoders)
+    """The items found, (n,), and one view of each, decoded side by side."""
+
+    def decode(item, epoch):
+        return items.decode(item, epoch, (stream,), config)
+
+    decoded = list(decoders.map(decode, wanted, epochs or [0] * len(wanted)))
+    return np.array([found for found, _ in decoded]), [views[0] for _, views in decoded]
 
 
 def test_views_come_in_the_order_that_was_asked_for(lab, make_items, decoders):
@@ -130,3 +144,66 @@ def test_the_budget_allows_its_limit_and_refuses_the_next():
     assert budget.reasons == {"a-7/x": "a-7/x: cut", "a-7/y": "a-7/y: cut"}
     with pytest.raises(TooManyBadSamples, match=r"a-7: 3 undecodable .*a-7/z: not"):
         budget.spend("a-7/z", BadImage("a-7/z: not an image"))
+
+
+def jpeg_items(sizes):
+    """Smooth JPEGs of these sizes, one item each."""
+    samples = []
+    for i, (width, height) in enumerate(sizes):
+        y, x = np.mgrid[:height, :width]
+        pixels = np.stack([x % 256, y % 256, (x + y + 40 * i) % 256], axis=-1) // 2
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG", quality=95)
+        samples.append(RawSample(f"s/{i}", memoryview(buffer.getvalue()), "jpg", None, 0))
+    return ShardItems(
+        samples,
+        sample_of=np.arange(len(samples)),
+        copies=np.zeros(len(samples), np.int64),
+        key_hashes=hash_keys([s.key for s in samples]).view(np.int64),
+        targets=Targets(),
+        budget=BadSampleBudget("s", 0),
+    )
+
+
+@pytest.mark.parametrize("crop", [NoCropConfig(), RandomResizedConfig(scale=(0.5, 1.0))])
+def test_reduced_decoding_shows_the_same_part_of_an_image(lab, decoders, crop):
+    items = jpeg_items([(200, 140), (140, 200), (301, 97)])
+    noise = NoiseConfig(crop=crop)
+    full, reduced = (lab.config(noise=noise, decode=decode) for decode in ("full", "reduced"))
+    for whole, part in zip(
+        fetch(items, [0, 1, 2], decoders, full)[1],
+        fetch(items, [0, 1, 2], decoders, reduced)[1],
+        strict=True,
+    ):
+        assert part.shape == (8, 8, 3)
+        # Known-broken variant: a box not scaled with its image, which differs by more than 30.
+        assert 0 < float(np.abs(whole.astype(int) - part).mean()) < 5
+
+
+def test_reduced_decoding_changes_nothing_where_the_view_needs_all_pixels(lab, decoders):
+    items = jpeg_items([(15, 12)])  # half of 12 is less than 8
+    full, reduced = (lab.config(decode=decode) for decode in ("full", "reduced"))
+    np.testing.assert_array_equal(
+        fetch(items, [0], decoders, full)[1][0], fetch(items, [0], decoders, reduced)[1][0]
+    )
+
+
+def test_a_box_keeps_its_place_in_the_reduced_image():
+    # 101 pixels become 26 at a quarter (rounded up): the place is by share, 50 / 101 * 26.
+    left, top, right, bottom = scaled_box((50, 20, 101, 40), (101, 40), (26, 10))
+    assert (left, top) == pytest.approx((12.871287, 5.0))
+    assert (right, bottom) == (26, 10)  # not a rounding error beyond, which would be refused
+
+
+def test_boxes_drawn_for_a_batch_are_those_drawn_one_by_one():
+    crop, n = RandomResizedConfig(), 40
+    rng = np.random.default_rng(0)
+    keys, copies = rng.integers(-(2**62), 2**62, n), rng.integers(0, 4, n)
+    epochs, widths, heights = rng.integers(0, 9, n), rng.integers(30, 900, n), np.full(n, 300)
+    together = draw_crops(crop, 7, keys, copies, epochs, widths, heights)
+    alone = [
+        draw_crops(crop, 7, *(a[i : i + 1] for a in (keys, copies, epochs, widths, heights)))[0]
+        for i in range(n)
+    ]
+    assert together == alone
+    assert len(set(together)) == n

@@ -8,13 +8,24 @@ import pytest
 
 from models.durations import Duration
 from models.noise import NoiseConfig
-from models.objectives import JointConfig
+from models.objectives import DistillationConfig, FixMatchConfig, JointConfig
 from models.optimization import AdamWConfig, EmaConfig, RMSpropTFConfig, SGDConfig, learning_rate
 from models.optimization.optimizers import peak_learning_rate
 from models.optimization.schedules import ConstantConfig, CosineConfig, StaircaseConfig
 from storage.manifest import ManifestMismatch, sealed
 from tasks import training_orders
-from tasks.training_orders import TrainingOrder, baseline_config, place_order, read_order, specify
+from tasks.training_orders import (
+    ImagesPerStep,
+    Needs,
+    TrainingOrder,
+    baseline_config,
+    images_per_step,
+    needs_of,
+    place_order,
+    pretraining_config,
+    read_order,
+    specify,
+)
 
 NUM_LABELED = 3500
 
@@ -125,7 +136,9 @@ def test_class_order_and_labels_and_selection_are_in_the_fingerprint(lab):
 
 @pytest.mark.parametrize(("ratio", "selection"), [(0, "2" * 64), (2, None)])
 def test_ratio_and_selection_must_agree(lab, ratio, selection):
-    with pytest.raises(ValueError, match=f"student: unlabeled_ratio={ratio}, but .* selection"):
+    with pytest.raises(
+        ValueError, match=f"student: .*unlabeled_ratio={ratio} reads .* selection, but"
+    ):
         specify(
             lab.config(unlabeled_ratio=ratio),
             seed=0,
@@ -236,3 +249,84 @@ def test_nothing_is_left_in_the_store_by_specifying(lab):
     before = sorted(Path(lab.store.url).rglob("*"))
     lab.order()
     assert sorted(Path(lab.store.url).rglob("*")) == before
+
+
+GIVEN: dict[str, Any] = {
+    "seed": 0,
+    "round_index": 1,
+    "role": "student",
+    "class_names": ("a", "b"),
+    "labeled": "1" * 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "needs"),
+    [
+        (JointConfig(), Needs(selection=True, unlabeled=False, teacher=False)),
+        (FixMatchConfig(), Needs(selection=False, unlabeled=True, teacher=False)),
+        (DistillationConfig(), Needs(selection=False, unlabeled=True, teacher=True)),
+    ],
+)
+def test_an_objective_is_given_what_it_reads_and_nothing_else(lab, objective, needs):
+    config = lab.config(unlabeled_ratio=2, objective=objective)
+    assert needs_of(config) == needs
+    names = ("selection", "unlabeled", "teacher")
+    wanted: dict[str, Any] = {name: "2" * 64 for name in names if getattr(needs, name)}
+    assert specify(config, **GIVEN, **wanted).inputs == {"labeled": "1" * 64} | wanted
+    for name in names:
+        others = {k: v for k, v in wanted.items() if k != name}
+        if name not in wanted:
+            others |= {name: "2" * 64}
+        with pytest.raises(ValueError, match=f"student: objective {objective.kind!r} .* {name}"):
+            specify(config, **GIVEN, **others)
+
+
+def test_where_the_weights_come_from_and_what_is_frozen_change_the_fingerprint(lab):
+    config = lab.config()
+    init = {"init": "3" * 64}
+    specifications = [
+        specify(config, **GIVEN),
+        specify(config, **GIVEN, init=init),
+        # A model and weights from elsewhere of the same name would still be two things.
+        specify(config, **GIVEN, init={"init_weights": "3" * 64}),
+        specify(config, **GIVEN, init=init, frozen_fraction=0.5),
+        specify(config, **GIVEN, init=init, frozen_fraction=0.25),
+    ]
+    assert len({one.fingerprint for one in specifications}) == len(specifications)
+    assert specify(config, **GIVEN, init={}, frozen_fraction=0.0) == specifications[0]
+
+
+def test_random_weights_are_never_frozen(lab):
+    with pytest.raises(ValueError, match=r"student: frozen_fraction=0.5 of fresh, random weights"):
+        specify(lab.config(), **GIVEN, frozen_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "labeled", "unlabeled"),
+    [
+        (JointConfig(), 6, 18),
+        (JointConfig(labeled_images=False), 0, 18),
+        # Two views of an image are one image read.
+        (FixMatchConfig(), 6, 18),
+        (DistillationConfig(), 0, 18),
+        (DistillationConfig(label_share=0.5), 6, 18),
+    ],
+)
+def test_the_baseline_sees_as_many_labels_a_step_as_its_student_images(
+    lab, objective, labeled, unlabeled
+):
+    student = lab.config(batch_size=6, unlabeled_ratio=3, objective=objective)
+    assert images_per_step(student) == ImagesPerStep(labeled, unlabeled)
+    baseline = baseline_config(student)
+    assert images_per_step(baseline) == ImagesPerStep(labeled + unlabeled, 0)
+    assert baseline.duration == student.duration
+    assert needs_of(baseline) == Needs(selection=False, unlabeled=False, teacher=False)
+    type(baseline).model_validate(baseline.model_dump())
+
+
+def test_pretraining_keeps_steps_and_schedule_and_drops_the_labels(lab):
+    student = lab.config(unlabeled_ratio=3, duration=Duration(labeled_epochs=10))
+    pretraining = pretraining_config(student)
+    assert images_per_step(pretraining) == ImagesPerStep(labeled=0, unlabeled=18)
+    assert steps_and_rates(pretraining) == steps_and_rates(student)

@@ -75,7 +75,7 @@ def test_sigterm_writes_a_checkpoint_and_the_next_worker_goes_on(lab, tmp_path, 
         write(self, report, total_steps)
 
     monkeypatch.setattr(tasks.worker._ProgressFile, "write", terminate_at_7)
-    assert work(lab, order) == STOPPED == 3
+    assert work(lab, order, "--progress", str(tmp_path / "progress.jsonl")) == STOPPED == 3
     found = newest_checkpoint(lab.store, order.specification.fingerprint)
     assert found is not None
     assert found.step == 7

@@ -1,0 +1,1 @@
+"""What the figures are held against, and the processes that are measured."""

@@ -1,0 +1,118 @@
+"""How many bytes of shards a run's trainings read, with and without a cache on the node."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from models.objectives import build_objective
+from models.training import TrainingConfig
+from storage.corpus import Corpus
+from storage.shard_cache import CacheConfig, refuse_small_cache
+from tasks.batches import CACHE_BYTES
+from tasks.stream_sources import stays_decoded, window_bytes
+
+
+@dataclass(frozen=True)
+class StreamReads:
+    """What one training reads of one corpus.
+
+    Attributes:
+        corpus: whose shards are read whole.
+        passes: over the corpus; at most 1 where its images stay in memory.
+    """
+
+    corpus: Corpus
+    passes: float
+
+
+@dataclass(frozen=True)
+class ReadBytes:
+    """Bytes that a stage fetches from where the shards lie, without and with the cache."""
+
+    uncached: int
+    cached: int
+
+
+def refuse_small_disk(cache: CacheConfig, corpora: Sequence[Corpus]) -> None:
+    """Refuse a cache that cannot serve a training of these corpora, or its disk cannot.
+
+    Raises: CacheTooSmall, with the numbers.
+    """
+    sizes = [[shard.num_bytes for shard in corpus.shards] for corpus in corpora]
+    refuse_small_cache(
+        cache,
+        open_bytes=sum(window_bytes(one) for one in sizes),
+        corpus_bytes=sum(sum(one) for one in sizes),
+    )
+
+
+def read_once(num_bytes: int) -> ReadBytes:
+    """Return the cost of a labelling or an evaluation, which read once and past the cache."""
+    return ReadBytes(num_bytes, num_bytes)
+
+
+@dataclass
+class ReadingCosts:
+    """Adds up the trainings of a run in their order: what one has cached, the next one finds.
+
+    Attributes:
+        max_bytes: of the cache; None: it holds everything.
+    """
+
+    max_bytes: int | None
+    _there: dict[str, int] = field(default_factory=dict)
+
+    def of_training(self, reads: Sequence[StreamReads]) -> ReadBytes:
+        """Return the cost of one training and remember what it leaves in the cache.
+
+        A cache that cannot hold all that a training reads is counted as none: its shards are read
+        in turn, and each is gone before its turn comes again.
+        """
+        uncached = round(sum(read.corpus.num_bytes * read.passes for read in reads))
+        sizes = {
+            shard.tar_digest: shard.num_bytes for read in reads for shard in read.corpus.shards
+        }
+        if not self._holds(sizes):
+            return ReadBytes(uncached, uncached)
+        new = 0.0
+        for read in reads:
+            missing = [shard for shard in read.corpus.shards if shard.tar_digest not in self._there]
+            new += sum(shard.num_bytes for shard in missing) * min(1.0, read.passes)
+        both = self._there | sizes
+        self._there = both if self._holds(both) else sizes
+        return ReadBytes(uncached, round(new))
+
+    def _holds(self, sizes: dict[str, int]) -> bool:
+        return self.max_bytes is None or sum(sizes.values()) <= self.max_bytes
+
+
+def stream_reads(
+    config: TrainingConfig,
+    *,
+    steps: int,
+    labeled: Corpus,
+    unlabeled: Corpus | None,
+    num_selected: int | None,
+) -> list[StreamReads]:
+    """Return what a training of so many steps reads of each corpus.
+
+    Args:
+        config: its objective declares the streams.
+        steps: still to do.
+        labeled: the labelled corpus.
+        unlabeled: the unlabelled one, where it is read.
+        num_selected: pseudo-labelled items of an epoch, copies counted; None: not known yet, and
+            taken to be every image once.
+    """
+    found: list[StreamReads] = []
+    for stream in build_objective(config.objective).streams(config):
+        corpus, num_items = labeled, labeled.num_samples
+        if stream.role != "labeled":
+            assert unlabeled is not None, "an objective that reads it is given it"
+            corpus, num_items = unlabeled, unlabeled.num_samples
+            if stream.with_selection and num_selected is not None:
+                num_items = num_selected
+        passes = steps * stream.samples_per_step / num_items
+        if stays_decoded(config, num_items, corpus.num_bytes, CACHE_BYTES):
+            passes = min(1.0, passes)
+        found.append(StreamReads(corpus, passes))
+    return found

@@ -1,0 +1,63 @@
+"""The mean prediction of a teacher over the unlabelled corpus: the prior of the adaptive margin."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.exact_sums import exact_mean, exact_sum
+from storage.addresses import labeling_folder
+from storage.corpus import Shard, load_corpus
+from storage.manifest import Manifest, create_record
+from storage.manifest import read_record as read_sealed
+from storage.predictions import read_predictions, read_record
+from storage.store import Store
+
+_SCHEMA = 1
+_READERS = 8
+
+
+def class_prior(store: Store, labeling: Manifest) -> Tensor:
+    """Return (C,) float64, the mean of the teacher's probabilities over a labelled corpus.
+
+    Uncalibrated, as published, and of every prediction, selected or not. What is computed once is
+    kept beside the labelling, so that a resumed training need not read all predictions again.
+
+    Source: Wang et al. 2022 (DebiasPL), whose moving average over batches becomes exact here.
+    """
+    path = f"{labeling_folder(labeling.fingerprint)}/class_prior.json"
+    body = read_sealed(store, path)
+    if body is None:
+        body = create_record(store, path, {"schema": _SCHEMA, "prior": _mean(store, labeling)})
+    return torch.tensor(body["prior"], dtype=torch.float64)
+
+
+def sum_of_probabilities(log_probs: NDArray[np.float16]) -> NDArray[np.int64]:
+    """Return the exact sum over one shard's predictions, (2, C) as `exact_sum` makes it.
+
+    Args:
+        log_probs: (N, C) float16, as stored. Their rows sum to 1 within half precision only, and
+            each is divided by its sum.
+    """
+    probs = np.exp(log_probs.astype(np.float64))
+    return exact_sum(probs / probs.sum(axis=1, keepdims=True))
+
+
+def _mean(store: Store, labeling: Manifest) -> list[float]:
+    labeler = labeling.inputs["labeler"].fingerprint
+    corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
+
+    def sums_of(shard: Shard) -> tuple[NDArray[np.int64], int]:
+        record: dict[str, Any] | None = read_record(store, labeler, shard.digest)
+        if record is None:
+            raise ValueError(f"the predictions for shard {shard.stem} are gone: label it again")
+        predictions = read_predictions(store, record)
+        return sum_of_probabilities(predictions.log_probs), predictions.num_samples
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(sums_of, corpus.shards))
+    total = sum((sums for sums, _ in found[1:]), start=found[0][0])
+    return exact_mean(total, sum(count for _, count in found)).tolist()

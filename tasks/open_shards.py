@@ -1,0 +1,129 @@
+"""The shards that the streams of a training hold open together, at most so many bytes."""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from tasks.shard_items import OpenShard, ShardItems
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class ShardMemory:
+    """What all streams of a training hold open: the least recently read is closed first.
+
+    Attributes:
+        max_bytes: of the process's own memory; the shard that is being read may exceed it alone.
+        max_mapped_bytes: of the node's cache, whose files in use cannot make room for others.
+        max_shards: open at a time, whatever they hold.
+    """
+
+    max_bytes: int
+    max_mapped_bytes: int
+    max_shards: int
+    opened: OrderedDict[Hashable, ShardItems] = field(default_factory=OrderedDict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def limit(self, *, is_mapped: bool) -> int:
+        """Return the bytes that all mapped shards, or all others, may have together."""
+        return self.max_mapped_bytes if is_mapped else self.max_bytes
+
+    def has_room_for(self, num_bytes: int, *, is_mapped: bool) -> bool:
+        """Return whether a shard of this size can be opened without closing another."""
+        with self.lock:
+            alike = (shard for shard in self.opened.values() if shard.is_mapped == is_mapped)
+            taken = sum(shard.num_bytes for shard in alike)
+            fits = taken + num_bytes <= self.limit(is_mapped=is_mapped)
+            return fits and len(self.opened) < self.max_shards
+
+    def make_room_for(self, num_bytes: int, *, is_mapped: bool) -> None:
+        """Close shards until one of this size fits, or none is open."""
+        with self.lock:
+            while self.opened and not self.has_room_for(num_bytes, is_mapped=is_mapped):
+                self.opened.popitem(last=False)
+
+    def add(self, key: Hashable, shard: ShardItems) -> None:
+        """Keep a shard open, closing others for it."""
+        with self.lock:
+            self.make_room_for(shard.num_bytes, is_mapped=shard.is_mapped)
+            self.opened[key] = shard
+
+
+class OpenShards:
+    """The shards of one stream, in a memory that it shares with the other streams.
+
+    Args:
+        memory: shared.
+        name: of the stream.
+        open_shard: reads a shard; called from a thread of its own for those read ahead.
+        shard_bytes: by index, the most that an open shard can hold.
+        is_mapped: whether shards are opened out of a cache.
+    """
+
+    def __init__(
+        self,
+        memory: ShardMemory,
+        name: str,
+        open_shard: OpenShard,
+        shard_bytes: list[int],
+        *,
+        is_mapped: bool,
+    ) -> None:
+        self._memory = memory
+        self._name = name
+        self._open_shard = open_shard
+        self._shard_bytes = shard_bytes
+        self._is_mapped = is_mapped
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"open-{name}")
+        self._coming: dict[int, Future[ShardItems]] = {}
+
+    def get(self, index: int) -> ShardItems:
+        """Return an open shard, reading it if it is not open."""
+        coming = self._coming.pop(index, None)
+        opened = self._memory.opened
+        with self._memory.lock:
+            if (self._name, index) in opened:
+                opened.move_to_end((self._name, index))
+                return opened[self._name, index]
+            if coming is None:
+                self._memory.make_room_for(self._shard_bytes[index], is_mapped=self._is_mapped)
+        shard = coming.result() if coming is not None else self._open_shard(index)
+        self._memory.add((self._name, index), shard)
+        return shard
+
+    def fitting_groups(self, indices: list[int]) -> list[list[int]]:
+        """Split shards into groups that can be open together; one shard is a group at least."""
+        groups: list[list[int]] = [[]]
+        taken, limit = 0, self._memory.limit(is_mapped=self._is_mapped)
+        for index in indices:
+            taken += self._shard_bytes[index]
+            is_full = taken > limit or len(groups[-1]) >= self._memory.max_shards
+            if groups[-1] and is_full:
+                groups.append([])
+                taken = self._shard_bytes[index]
+            groups[-1].append(index)
+        return groups
+
+    def open_ahead(self, indices: list[int]) -> None:
+        """Read the first of these shards that is not open, if nothing must be closed for it.
+
+        One at a time; the step that needs it waits for what is left of the reading.
+        """
+        for index in [i for i, future in self._coming.items() if future.done()]:
+            self.get(index)
+        if self._coming:
+            return
+        for index in indices:
+            if (self._name, index) not in self._memory.opened:
+                needed = self._shard_bytes[index]
+                if self._memory.has_room_for(needed, is_mapped=self._is_mapped):
+                    self._coming[index] = self._reader.submit(self._open_shard, index)
+                return
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)

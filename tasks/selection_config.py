@@ -1,0 +1,70 @@
+"""Settings of a selection."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.balancing import BalanceConfig, NsBinnedConfig, reads_labeled_counts
+from models.debiasing import DebiasConfig, DebiasNoneConfig, reads_labeled_prior
+from models.thresholds import FixedThresholdConfig, ThresholdConfig
+from models.weighting import SoftMatchConfig, WeightingConfig, WeightNoneConfig
+
+
+class SelectionConfig(BaseModel):
+    """What makes a prediction a pseudo-label."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    calibration: Literal["temperature", "vector", "none"] = Field(
+        default="temperature",
+        description="temperature: one number fitted on the dev split, applied to confidences"
+        " before the threshold; soft targets stay the teacher's own. vector: a weight and a bias"
+        " for each class, fitted alike, which may change the class; soft targets are then the"
+        " calibrated ones.",
+    )
+    debias: DebiasConfig = Field(
+        default=DebiasNoneConfig(),
+        description="How a class bias is taken out, after calibration and before the threshold. It"
+        " changes class, confidence and soft target: all three are of the debiased prediction.",
+        json_schema_extra={"absent_means": {"kind": "none"}},
+    )
+    threshold: ThresholdConfig = FixedThresholdConfig()
+    weighting: WeightingConfig = Field(
+        default=WeightNoneConfig(),
+        description="How much each pseudo-label weighs in the loss.",
+        json_schema_extra={"absent_means": {"kind": "none"}},
+    )
+    balance: BalanceConfig = NsBinnedConfig()
+    target: Literal["soft", "hard"] = Field(
+        default="soft", description="What the student learns: the teacher's distribution or class."
+    )
+    max_class_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Largest share of the selected items that one class may hold; null: 0.5, or"
+        " 1.5 / classes where that is more.",
+        json_schema_extra={"fingerprint": "excluded"},
+    )
+    allow_collapse: bool = Field(
+        default=False,
+        description="Go on although one class holds more than max_class_share or more than half"
+        " of the classes get nothing.",
+        json_schema_extra={"fingerprint": "excluded"},
+    )
+
+    @model_validator(mode="after")
+    def _align_once(self) -> "SelectionConfig":
+        is_debiased = not isinstance(self.debias, DebiasNoneConfig)
+        if isinstance(self.weighting, SoftMatchConfig) and is_debiased:
+            raise ValueError(
+                f"selection.weighting=softmatch with debias={self.debias.kind}: SoftMatch aligns"
+                " confidences itself and takes labels from the unaligned prediction. Leave debias"
+                " out, or weight by confidence"
+            )
+        return self
+
+    @property
+    def reads_labeled_counts(self) -> bool:
+        """Whether the class counts of the labelled images enter."""
+        return reads_labeled_prior(self.debias) or reads_labeled_counts(self.balance)

@@ -1,0 +1,68 @@
+"""The selection's flow: the passes as Prefect tasks give what they give in a plain loop."""
+
+import numpy as np
+import pytest
+
+from flows.selection import select_pseudo_labels
+from models.balancing import CrestConfig, TopKConfig
+from models.debiasing import DistributionAlignmentConfig
+from models.thresholds import PercentileThresholdConfig, PerClassQuantileConfig
+from models.weighting import SoftMatchConfig
+from storage.addresses import selection_folder
+from storage.manifest import read_manifest
+from tasks.selection import SelectionConfig
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SelectionConfig(
+            calibration="none",
+            debias=DistributionAlignmentConfig(),
+            threshold=PerClassQuantileConfig(keep_fraction=0.7),
+            balance=CrestConfig(),
+            allow_collapse=True,
+        ),
+        SelectionConfig(
+            calibration="none",
+            threshold=PercentileThresholdConfig(),
+            weighting=SoftMatchConfig(),
+            balance=TopKConfig(),
+            allow_collapse=True,
+        ),
+    ],
+    ids=["crest", "curriculum"],
+)
+def test_every_pass_runs_as_a_task_and_gives_the_bytes_of_a_plain_loop(
+    lab, prefect_api, tmp_path, monkeypatch, config
+):
+    monkeypatch.setattr("flows.selection._SHARDS_PER_TASK", 2)
+    rng = np.random.default_rng(2)
+    rows = {
+        shard.stem: [(str(i), int(rng.integers(3)), float(rng.uniform(0.4, 1))) for i in range(20)]
+        for shard in lab.unlabeled.shards
+    }
+    manifests = []
+    for one in (lab, lab.in_store(tmp_path / "other")):
+        labels = one.plant_labeling(one.store, one.unlabeled, rows)
+        if one is lab:
+            found = select_pseudo_labels(
+                store=lab.store.url,
+                labeling=labels.fingerprint,
+                validation="none",
+                labeled=lab.labeled.digest,
+                class_names=list(lab.class_names),
+                config=config,
+                round_index=2,
+            )
+            folder = selection_folder(found["fingerprint"])
+            manifests.append(read_manifest(lab.store, folder))
+        else:
+            manifests.append(
+                one.select(labels, None, config, labeled=one.labeled.digest, round_index=2)
+            )
+    in_flow, in_loop = manifests
+    assert in_flow is not None
+    assert in_flow.fingerprint == in_loop.fingerprint
+    assert in_flow.sha256 == in_loop.sha256
+    assert 0 < in_flow.counts["unique"] < 100
