@@ -68,7 +68,9 @@ class DigitsData(_Config):
     """scikit-learn's 1,797 handwritten digits, sharded into the store by the run itself."""
 
     kind: Literal["digits"] = "digits"
-    labels_per_class: int = Field(default=5, ge=1, le=100)
+    labels_per_class: int = Field(
+        default=5, ge=1, le=100, description="Labelled images of each digit."
+    )
     dev: int = Field(default=100, ge=20, le=400, description="Images of the dev split.")
     test: int = Field(default=400, ge=20, le=800, description="Images of the test split.")
     shard_size: int = Field(default=120, ge=1, description="Images in a shard.")
@@ -109,19 +111,27 @@ class SelfTrainingConfig(_Config):
         le=50,
         description="Students trained after the teacher; 0: the teacher alone, on labels.",
     )
-    data: DataConfig
+    data: DataConfig = Field(description="Which images are read: shards, or the demo's digits.")
     max_bad_samples: int = Field(
         default=0,
         ge=0,
         description="Undecodable images a shard may hold; they are counted, listed and skipped.",
     )
-    teacher: TeacherConfig
+    teacher: TeacherConfig = Field(
+        description="Round 0: a training on the labels alone, or a model that is given."
+    )
     student: StudentConfig | None = Field(
         default=None, description="What every round trains; left out exactly where rounds is 0."
     )
-    labeling: LabelingConfig = LabelingConfig()
-    selection: SelectionConfig = SelectionConfig()
-    stop: StopConfig = StopConfig()
+    labeling: LabelingConfig = Field(
+        default=LabelingConfig(), description="How teachers label the unlabelled corpus."
+    )
+    selection: SelectionConfig = Field(
+        default=SelectionConfig(), description="Which of the labels students learn from."
+    )
+    stop: StopConfig = Field(
+        default=StopConfig(), description="When the loop ends before its last round."
+    )
     baseline: bool = Field(
         default=True,
         description="Train the last student's architecture on labels alone: same noise, optimiser"
@@ -136,7 +146,7 @@ class SelfTrainingConfig(_Config):
     materialize: MaterializeChoice = MATERIALIZE
     launch: LaunchConfig = Field(
         default=ONE_LOCAL_PROCESS,
-        description="Who starts the processes of a training, and how many; changes no fingerprint.",
+        description="Who starts the processes of a training, and how many; in no fingerprint.",
     )
 
     model_config = ConfigDict(

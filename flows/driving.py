@@ -13,19 +13,16 @@ from prefect.exceptions import TerminationSignal
 
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
 from flows.labeling import label_corpus
-from flows.opening import OpenRun
-from flows.reading_costs import refuse_small_disk
+from flows.opening import OpenRun, refuse_without_room
 from flows.run_status import RunStatus, read_status, status_table, write_status_view
 from flows.selection import select_pseudo_labels
 from models.architectures import architecture_name
-from storage.corpus import load_corpus
 from storage.manifest import Manifest
 from storage.runs import append_event
 from storage.store import conditional_create_works
 from tasks import stages
 from tasks.classifiers import read_description
 from tasks.evaluation import read_report
-from tasks.launching import LocalLaunch
 from tasks.loading import LoadingConfig
 from tasks.report import write_report
 from tasks.specifications import Specification
@@ -39,10 +36,7 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
 
     Raises: CacheTooSmall, before anything is computed, if this machine's trainings have no room.
     """
-    config, pins = run.config, run.pins
-    if config.cache is not None and isinstance(config.launch, LocalLaunch):
-        digests = [pins.labeled, *([] if pins.unlabeled is None else [pins.unlabeled])]
-        refuse_small_disk(config.cache, [load_corpus(run.store, digest) for digest in digests])
+    refuse_without_room(run.store, run.config, run.pins)  # a resume may be on another machine
     append_event(
         run.store,
         run.name,

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
+from flows.reading_costs import refuse_small_disk
 from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
 from flows.trained_models import GivenTeacher, StudentConfig, TrainedTeacher
 from models.training import TrainingConfig
@@ -21,6 +22,7 @@ from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
+from tasks.launching import LocalLaunch
 from tasks.progress import Progress, report
 
 _log = logging.getLogger(__name__)
@@ -77,12 +79,14 @@ def open_run(store: Store, config: SelfTrainingConfig) -> OpenRun:
     """Pin a new run, or go on with the run of this name if its config is the same.
 
     Raises: RunExists, naming the keys that differ; and whatever is wrong with the data: no shard,
-        a missing or damaged one, a class without label, a split with other classes.
+        a missing or damaged one, a class without label, a split with other classes; CacheTooSmall.
     """
     try:
         return check_same(reopen_run(store, config.name), config)
     except UnknownRun:
         pins = resolve_inputs(store, config)
+    # A larger cache is another config: a run that is there already could not be given one.
+    refuse_without_room(store, config, pins)
     body = {
         "schema": PINS_SCHEMA,
         "config": _stored_config(config),
@@ -143,6 +147,13 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
         teacher_init=_teacher_init(store, config),
         student_init=_student_init(store, config),
     )
+
+
+def refuse_without_room(store: Store, config: SelfTrainingConfig, pins: Pins) -> None:
+    """Refuse a cache of which this machine's trainings have no use; raises CacheTooSmall."""
+    if config.cache is not None and isinstance(config.launch, LocalLaunch):
+        digests = [pins.labeled, *([] if pins.unlabeled is None else [pins.unlabeled])]
+        refuse_small_disk(config.cache, [load_corpus(store, digest) for digest in digests])
 
 
 def _stored_config(config: SelfTrainingConfig) -> dict[str, Any]:

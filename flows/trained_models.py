@@ -60,7 +60,7 @@ class LadderStep(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: ArchitectureConfig | None = None
+    architecture: ArchitectureConfig | None = Field(default=None, description="The network.")
     image_size: int | None = Field(default=None, ge=8, le=1024, description="Pixels a side.")
     unlabeled_ratio: int | None = Field(
         default=None, ge=1, le=64, description="Pseudo-labelled images per labelled one."
@@ -89,7 +89,10 @@ class StudentConfig(TrainingConfig):
     )
 
     unlabeled_ratio: int = Field(
-        default=3, ge=1, le=64, description="Pseudo-labelled images for each labelled one."
+        default=3,
+        ge=1,
+        le=64,
+        description="Pseudo-labelled (online: unlabelled) images for each labelled one.",
     )
     ladder: tuple[LadderStep, ...] = Field(
         default=(),

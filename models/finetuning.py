@@ -20,7 +20,7 @@ class FinetuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    duration: Duration = Field(description="Length; labelled epochs or steps, from step 0 again.")
+    duration: Duration = Field(description="Length, counted from step 0 again.")
     optimizer: OptimizerConfig = Field(
         description="Its state is new; a tenth of the training's learning rate or less is usual."
     )

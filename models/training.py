@@ -106,7 +106,7 @@ def train(
         total_steps: updates of the whole stage, not of this call.
         num_labeled: labelled images in an epoch; schedules count in them.
         layer_seed: a stream; step s has seed derive_seed(stream, s), part p of several parts
-            derive_seed(stream, s, p). It drives dropout and stochastic depth only.
+            derive_seed(stream, s, p). It drives dropout, stochastic depth and mixing only.
         report_every: in steps.
         forward_model: what the forward pass goes through, such as DistributedDataParallel around
             `state.model`; by default the model itself.

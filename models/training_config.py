@@ -49,7 +49,8 @@ class TrainingConfig(BaseModel):
     )
     batch_size: int = Field(
         ge=1,
-        description="Labelled images a step over all devices. BatchNorm needs at least 2 in all.",
+        description="Labelled images a step over all devices. With the other images of the step "
+        "there must be at least 2 for each micro-batch, which BatchNorm needs.",
     )
     accumulation_steps: int = Field(
         default=1,
@@ -57,15 +58,17 @@ class TrainingConfig(BaseModel):
         le=4096,
         description="Equal micro-batches that a step is computed in, one forward and one backward "
         "pass each, with a single update. BatchNorm normalises within a micro-batch. Several "
-        "processes share the micro-batches out, so their number must divide this one (or this is "
-        "1) and does not change the result.",
+        "processes share the micro-batches out, so their number must divide this one and does not "
+        "change the result. With 1, each of several processes computes a part of its own: "
+        "BatchNorm must then be synchronised (CUDA only), and layer noise depends on their number.",
         json_schema_extra={"absent_means": 1},
     )
     unlabeled_ratio: int = Field(
         default=3,
         ge=0,
         le=64,
-        description="Pseudo-labelled images for each labelled one; 0 trains on labels only.",
+        description="Pseudo-labelled (online: unlabelled) images for each labelled one; 0 trains "
+        "on labels only.",
     )
     duration: Duration = Field(description="Length of the training.")
     noise: NoiseConfig = Field(default=NoiseConfig(), description="Input noise and layer noise.")
@@ -88,7 +91,9 @@ class TrainingConfig(BaseModel):
         "Null takes swa where it is set, else ema where it is set, else the last.",
         json_schema_extra={"absent_means": None},
     )
-    objective: ObjectiveConfig = Field(default=JointConfig(), description="The loss.")
+    objective: ObjectiveConfig = Field(
+        default=JointConfig(), description="The loss, and what is read for it."
+    )
     gradient_clip_norm: float | None = Field(
         default=None, gt=0, description="Largest global gradient norm; null does not clip."
     )

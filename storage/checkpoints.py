@@ -69,7 +69,11 @@ def save_checkpoint(
         tensors_bytes: safetensors.
         scalars: what else a resume needs, JSON only.
     """
-    folder = _folder(fp, attempt, step)
+    if not _ATTEMPT.fullmatch(attempt):
+        raise ValueError(f"attempt {attempt!r}: only letters, digits, _ and -, at most 64")
+    if not 0 <= step < 10**12:
+        raise ValueError(f"checkpoint step {step}: must lie in [0, 10**12)")
+    folder = f"{_attempts(fp)}/{attempt}/{step:012d}"
     state = put_object(
         store, folder, "state", tensors_bytes, "safetensors", crash_kind="checkpoint"
     )
@@ -109,27 +113,23 @@ def newest_checkpoint(store: Store, fp: str, *, verify: bool = True) -> Checkpoi
     return None
 
 
-def read_checkpoint(store: Store, fp: str, attempt: str, step: int) -> Checkpoint:
-    """Return one checkpoint, verified: what several ranks go on from must be the same one.
-
-    Raises: FileNotFoundError if it is not there; CorruptRecord or CorruptObject if it is damaged.
-    """
-    folder = _folder(fp, attempt, step)
-    found = _load(store, fp, folder, num_damaged=0, verify=True)
-    if found is None:
-        raise FileNotFoundError(f"{store.url_of(folder)}: no checkpoint there")
-    return found
-
-
-def prune_checkpoints(store: Store, fp: str, keep: int = 2) -> None:
+def prune_checkpoints(store: Store, fp: str, keep: int = 2, *, step: int | None = None) -> None:
     """Delete all but the newest complete checkpoints of all attempts, and what lies before them.
 
     A training that is killed a hundred times leaves as few as one that never was. An attempt that
     still lives and is behind loses nothing it needs: it would go on from those that stay.
+
+    Args:
+        store: where they lie.
+        fp: fingerprint of the training stage.
+        keep: how many stay, at least 1.
+        step: of the checkpoint just written; those with more steps stay and count for nothing,
+            since a damaged one among them is why a training is behind it. None: of the newest.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint must stay")
-    steps = sorted((step for step, _, _ in _complete(store, fp)), reverse=True)
+    found = [one for one, _, _ in _complete(store, fp)]
+    steps = sorted((one for one in found if step is None or one <= step), reverse=True)
     if len(steps) <= keep:
         return
     oldest_kept = steps[keep - 1]
@@ -146,14 +146,6 @@ def delete_checkpoints(store: Store, fp: str) -> None:
 
 def _attempts(fp: str) -> str:
     return f"{model_folder(fp)}/attempts"
-
-
-def _folder(fp: str, attempt: str, step: int) -> str:
-    if not _ATTEMPT.fullmatch(attempt):
-        raise ValueError(f"attempt {attempt!r}: only letters, digits, _ and -, at most 64")
-    if not 0 <= step < 10**12:
-        raise ValueError(f"checkpoint step {step}: must lie in [0, 10**12)")
-    return f"{_attempts(fp)}/{attempt}/{step:012d}"
 
 
 def _complete(store: Store, fp: str) -> list[tuple[int, str, str]]:

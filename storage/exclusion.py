@@ -34,7 +34,9 @@ def read_keys(url: str) -> frozenset[str]:
     Raises: ValueError, naming the line, for one that is no `<shard stem>/<key in the shard>`.
     """
     keys: set[str] = set()
-    for number, line in enumerate(objects.read_object(url).decode("utf-8").splitlines(), start=1):
+    # Some editors put a byte order mark first, which would hide the first key for good.
+    text = objects.read_object(url).decode("utf-8-sig")
+    for number, line in enumerate(text.split("\n"), start=1):
         key = line.strip()
         if not key:
             continue

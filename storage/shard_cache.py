@@ -8,7 +8,7 @@ end with the process; no file has to be cleaned up by hand. The folder must be o
   evicted, so that the bytes on the disk never exceed `max_bytes`.
 * `<digest>.part`: a shard that is being fetched, at its full size from the first moment, which
   reserves the room. Who fetches holds an exclusive lock; a part without one is left over.
-* `lock`: held while room is made.
+* `lock`: held while room is made, and while a part gets its name.
 """
 
 import contextlib
@@ -135,7 +135,9 @@ class ShardCache:
             written += os.pwrite(part, view[written : written + 2**26], written)
         os.fsync(part)
         crash_points.reach("cache.written")
-        os.rename(self._folder / f"{digest}{_PART}", self._folder / f"{digest}{_WHOLE}")
+        # Who adds up what is there must find it under one of its two names.
+        with _locked(self._folder / "lock"):
+            os.rename(self._folder / f"{digest}{_PART}", self._folder / f"{digest}{_WHOLE}")
 
     def _reserve(self, part: int, digest: str, num_bytes: int) -> None:
         """Make room by evicting what is not in use, and take it."""
@@ -197,9 +199,11 @@ def refuse_small_cache(config: CacheConfig, *, open_bytes: int, corpus_bytes: in
             f"{open_bytes}, or write smaller shards"
         )
     Path(config.dir).mkdir(parents=True, exist_ok=True)
-    there = sum(
-        entry.stat().st_size for entry in os.scandir(config.dir) if entry.name.endswith(_WHOLE)
-    )
+    there = 0
+    for entry in os.scandir(config.dir):
+        if entry.name.endswith(_WHOLE):
+            with contextlib.suppress(FileNotFoundError):  # another process may evict it now
+                there += entry.stat().st_size
     free, needed = shutil.disk_usage(config.dir).free, min(config.max_bytes, corpus_bytes)
     if free + there < needed:
         raise CacheTooSmall(

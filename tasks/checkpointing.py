@@ -126,7 +126,8 @@ class CheckpointKeeper:
         data = save_tensors(tensors)
         tensors.clear()  # half of the memory, before the slow part
         save_checkpoint(self._store, self._fingerprint, self._attempt, step, data, scalars)
-        prune_checkpoints(self._store, self._fingerprint, keep=self._config.checkpoints_kept)
+        kept = self._config.checkpoints_kept
+        prune_checkpoints(self._store, self._fingerprint, keep=kept, step=step)
 
 
 def _refuse_other_versions(found: Checkpoint) -> None:

@@ -58,6 +58,8 @@ def _mean(store: Store, labeling: Manifest) -> list[float]:
         return sum_of_probabilities(predictions.log_probs), predictions.num_samples
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(sums_of, corpus.shards))
-    total = sum((sums for sums, _ in found[1:]), start=found[0][0])
-    return exact_mean(total, sum(count for _, count in found)).tolist()
+        found = pool.map(sums_of, corpus.shards)
+        total, num_rows = next(found)
+        for sums, count in found:  # added as they come: all shards' sums at a time may be GBs
+            total, num_rows = total + sums, num_rows + count
+    return exact_mean(total, num_rows).tolist()

@@ -25,6 +25,7 @@ from tasks.training import TrainingStopped
 from tasks.worker import REFUSED, STOPPED
 
 _log = logging.getLogger(__name__)
+_OF_A_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
 _POLL_SECONDS = 0.25
 _STOP_GRACE_SECONDS = 60
 
@@ -143,12 +144,13 @@ def _run_here(
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
+            begun = ""  # of a line that the worker is still writing
             try:
                 while process.poll() is None:
                     time.sleep(_POLL_SECONDS)
-                    for line in progress.readlines():
-                        if line.endswith("\n"):
-                            on_progress(json.loads(line))
+                    *lines, begun = (begun + progress.read()).split("\n")
+                    for line in lines:
+                        on_progress(json.loads(line))
             finally:
                 stop_process_group(process, grace_seconds=_STOP_GRACE_SECONDS)
         output = log_path.read_text(errors="replace").strip()
@@ -190,7 +192,9 @@ def _environment(num_processes: int) -> dict[str, str]:
         }
         if sys.platform == "linux":
             defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return defaults | os.environ
+    # Of a launcher around this process: a worker would wait for ranks that nobody starts.
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+    return defaults | inherited
 
 
 def _joint_ending(code: int, endings: list[dict[str, Any]], num_processes: int) -> tuple[int, str]:

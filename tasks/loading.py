@@ -10,8 +10,8 @@ MaterializeChoice = Literal["auto", "always", "never"]
 MATERIALIZE: Any = Field(
     default="auto",
     description="Whether the images of a selection are written once more, into compact shards that"
-    " its trainings read. auto: of a corpus that fits neither memory nor the cache, if few are"
-    " selected and read several times. Changes no result.",
+    " its trainings read. auto: of a corpus that fits neither memory nor the cache, if at most a"
+    " quarter of it is selected and that is read three times or more. Changes no result.",
 )
 LOADER_THREADS: Any = Field(
     default=None,
@@ -21,8 +21,8 @@ LOADER_THREADS: Any = Field(
 )
 CACHE: Any = Field(
     default=None,
-    description="Cache of whole shards on the node's disk; null reads shards from where they lie."
-    " Changes no result.",
+    description="Cache of the whole shards that trainings read, on the node's disk; null reads them"
+    " from where they lie. Changes no result.",
 )
 
 

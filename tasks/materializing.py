@@ -152,7 +152,8 @@ def _write_compact(
 def compact_shard(samples: Sequence[RawSample], stem: str) -> bytes:
     """Return a tar of the samples' images under their keys; the same samples, the same bytes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+    # Keys are UTF-8 in every shard, whatever the locale of who writes this one.
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
         for sample in samples:
             member = f"{in_shard_key(sample.key, stem)}.{sample.image_extension}"
             info = tarfile.TarInfo(member)

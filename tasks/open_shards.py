@@ -1,15 +1,15 @@
 """The shards that the streams of a training hold open together, at most so many bytes."""
 
-import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from tasks.shard_items import OpenShard, ShardItems
 
-_log = logging.getLogger(__name__)
+ShardKey = tuple[str, int]
+"""A stream's name and the index of one of its shards."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ShardMemory:
     max_bytes: int
     max_mapped_bytes: int
     max_shards: int
-    opened: OrderedDict[Hashable, ShardItems] = field(default_factory=OrderedDict)
+    opened: OrderedDict[ShardKey, ShardItems] = field(default_factory=OrderedDict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def limit(self, *, is_mapped: bool) -> int:
@@ -46,7 +46,18 @@ class ShardMemory:
             while self.opened and not self.has_room_for(num_bytes, is_mapped=is_mapped):
                 self.opened.popitem(last=False)
 
-    def add(self, key: Hashable, shard: ShardItems) -> None:
+    def make_room_by_closing(
+        self, keys: Sequence[ShardKey], num_bytes: int, *, is_mapped: bool
+    ) -> bool:
+        """Close shards of these only, in their order, until one of this size fits, if it can."""
+        with self.lock:
+            for key in keys:
+                if self.has_room_for(num_bytes, is_mapped=is_mapped):
+                    break
+                del self.opened[key]
+            return self.has_room_for(num_bytes, is_mapped=is_mapped)
+
+    def add(self, key: ShardKey, shard: ShardItems) -> None:
         """Keep a shard open, closing others for it."""
         with self.lock:
             self.make_room_for(shard.num_bytes, is_mapped=shard.is_mapped)
@@ -108,10 +119,12 @@ class OpenShards:
             groups[-1].append(index)
         return groups
 
-    def open_ahead(self, indices: list[int]) -> None:
-        """Read the first of these shards that is not open, if nothing must be closed for it.
+    def open_ahead(self, indices: Sequence[int], *, in_use: Sequence[int]) -> None:
+        """Read the first of these shards that is not open, if nothing in use is closed for it.
 
-        One at a time; the step that needs it waits for what is left of the reading.
+        One at a time; the step that needs it waits for what is left of the reading. Where there is
+        no room, this stream's shards that are neither coming nor in use are closed: they are not
+        read again in this epoch.
         """
         for index in [i for i, future in self._coming.items() if future.done()]:
             self.get(index)
@@ -119,8 +132,14 @@ class OpenShards:
             return
         for index in indices:
             if (self._name, index) not in self._memory.opened:
+                wanted = {*indices, *in_use}
+                done = [
+                    (name, one)
+                    for name, one in self._memory.opened
+                    if name == self._name and one not in wanted
+                ]
                 needed = self._shard_bytes[index]
-                if self._memory.has_room_for(needed, is_mapped=self._is_mapped):
+                if self._memory.make_room_by_closing(done, needed, is_mapped=self._is_mapped):
                     self._coming[index] = self._reader.submit(self._open_shard, index)
                 return
 

@@ -13,7 +13,7 @@ from storage.addresses import model_folder
 from storage.manifest import CorruptRecord, read_record, sealed
 from storage.store import Store
 
-RecordState = Literal["training", "committed", "stopped", "refused", "failed"]
+RecordState = Literal["training", "committed", "stopped", "refused"]
 
 _SCHEMA = 1
 _SECONDS_BETWEEN_WRITES = 5.0

@@ -54,15 +54,19 @@ class SampleOrder:
             np.concatenate([np.full(len(items), epoch) for _, items, epoch in parts]),
         )
 
+    def shards_at(self, position: int) -> list[int]:
+        """Return the shards of the window of `position`, those with items."""
+        epoch, offset = divmod(position, self.num_items)
+        windows, ends = self._windows_of(epoch)
+        window = windows[int(np.searchsorted(ends, offset, side="right"))]
+        return [int(shard) for shard in window if self.items_per_shard[shard] > 0]
+
     def next_shards(self, position: int) -> list[int]:
         """Return the shards of the window behind the one of `position`, those with items."""
         epoch, offset = divmod(position, self.num_items)
         ends = self._windows_of(epoch)[1]
         end = int(ends[np.searchsorted(ends, offset, side="right")])
-        epoch, offset = divmod(epoch * self.num_items + end, self.num_items)
-        windows, ends = self._windows_of(epoch)
-        behind = windows[int(np.searchsorted(ends, offset, side="right"))]
-        return [int(shard) for shard in behind if self.items_per_shard[shard] > 0]
+        return self.shards_at(epoch * self.num_items + end)
 
     def _windows(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
         shards = np.arange(len(self.items_per_shard), dtype=np.uint64)

@@ -130,7 +130,8 @@ class StreamedSamples:
                 copies[place[own]] = shard.copies[found[own]]
                 places.append(place[own])
                 targets.append(shard.targets.take(found[own]))
-        self.shards.open_ahead(self._order.next_shards(start + count))
+        end = start + count
+        self.shards.open_ahead(self._order.next_shards(end), in_use=self._order.shards_at(end))
         back = np.argsort(np.concatenate(places), kind="stable")
         joined = Targets.joined(targets).take(back)
         return SamplesRead(tuple(pixels * self._repeats), hashes, copies, epochs, joined)

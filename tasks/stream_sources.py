@@ -179,7 +179,7 @@ class SourceMaker:
 
     @property
     def _reads_confidences(self) -> bool:
-        mixing = getattr(self.config.noise, "mixing", None)
+        mixing = self.config.noise.mixing
         return mixing is not None and mixing.kind == "prob_pseudo_mixup"
 
 

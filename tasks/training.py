@@ -273,7 +273,7 @@ def _put_model(
             "labeled_samples": labeled.num_samples,
             "labeled_images_seen": total_steps * seen.labeled,
             "pseudo_images_seen": total_steps * seen.unlabeled,
-            "parameters": sum(p.numel() for p in state.model.parameters()),
+            "parameters": sum(p.numel() for p in state.final_model.parameters()),
             "architecture": architecture_name(config.architecture),
         },
     )

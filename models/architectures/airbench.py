@@ -24,7 +24,7 @@ _MOMENTS: dict[tuple[int, int], tuple[float, ...]] = {
 
 
 class AirbenchConfig(BaseModel):
-    """A plain convolutional network that learns CIFAR-10 in a few epochs; 16 to 64 pixels."""
+    """A plain convolutional network that learns CIFAR-10 in a few epochs; for 16 to 64 pixels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -3,7 +3,7 @@
 A rejection sampler that reads as many numbers as it needs would tie a draw to those before it, so
 each gamma draw owns `WORDS_PER_GAMMA` words: six attempts of Marsaglia and Tsang's method, which
 accepts more than 95 % of proposals, and at shapes below 1 their power transform. Where all six are
-refused (less than 2e-8 of the draws) the mode stands in.
+refused (less than 2e-8 of the draws) a value in the middle stands in.
 
 Source: Marsaglia and Tsang 2000, "A simple method for generating gamma variables".
 """

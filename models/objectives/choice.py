@@ -89,8 +89,6 @@ def why_not_mixed(config: ObjectiveConfig, mixing: str) -> str | None:
                     "objective.kind=distillation has no stored pseudo-labels, and its teacher is "
                     "shown mixed images: take mixup, cutmix or mixup_or_cutmix"
                 )
-            if mixing == "prob_pseudo_mixup":
-                return "objective.kind=distillation has no stored confidences to mix by"
             return None
         case _ as unreachable:
             assert_never(unreachable)

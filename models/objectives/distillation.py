@@ -79,7 +79,7 @@ class DistillationObjective:
         """`(1 - a) mean_u T^2 KL(teacher || student) + a mean_l CE`.
 
         Logs: pseudo_loss (the divergence), pseudo_accuracy (agreement with the teacher), and with
-        labels labeled_loss and labeled_accuracy.
+        labels labeled_loss and labeled_accuracy (of a mixed image: the class it has most of).
         Raises: ValueError without a teacher or with one in training mode.
         Source: Beyer et al. 2022; big_vision configs/proj/distill/bit_i1k.py; Chen et al. 2020
             (SimCLRv2), eq. 3.
@@ -106,8 +106,9 @@ class DistillationObjective:
         if num_labeled == 0:
             return StepLoss(divergence.mean(), logs)
         labeled = self._labeled_losses(logits[:num_labeled], batch)
+        classes = batch.labels if batch.label_targets is None else batch.label_targets.argmax(dim=1)
         with torch.no_grad():
-            hits = (logits[:num_labeled].argmax(dim=1) == batch.labels).float()
+            hits = (logits[:num_labeled].argmax(dim=1) == classes).float()
         logs |= {"labeled_loss": labeled.detach().mean(), "labeled_accuracy": hits.mean()}
         return StepLoss((1 - share) * divergence.mean() + share * labeled.mean(), logs)
 

@@ -250,7 +250,8 @@ class JointObjective:
         if batch.pseudo_targets is None:
             return at_least_float32(logits).sum(dim=1)  # no rows
         targets = batch.pseudo_targets
-        if batch.pseudo_is_hard:
+        # Negative learning only reads which classes are excluded; smoothed, few would be.
+        if batch.pseudo_is_hard and self.config.pseudo_loss.kind != "negative_learning":
             targets = smooth_labels(targets, self.config.label_smoothing)
         losses = pseudo_label_losses(self.config.pseudo_loss, self._with_margin(logits), targets)
         if batch.pseudo_weights is not None:

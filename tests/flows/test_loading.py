@@ -1,12 +1,16 @@
 """From YAML, recipes and --set to a config; errors in the words of the file."""
 
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from flows.config import DigitsData, ShardsData
+from flows.config import DigitsData, SelfTrainingConfig, ShardsData
 from flows.loading import ConfigError, load_config, parse_config, recipe_names
 from flows.trained_models import GivenTeacher, TrainedTeacher
 from models.noise import NoiseConfig
@@ -252,3 +256,26 @@ def test_shards_may_be_named_by_any_url(source):
     data = load_config(source, overrides=["data.root=s3://b/prefix"]).data
     assert isinstance(data, ShardsData)
     assert data.root == "s3://b/prefix"
+
+
+def _settings(kind: Any, seen: set[Any]) -> Iterator[str]:
+    """Names of all keys below a type, members of unions included."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if kind in seen:
+            return
+        seen.add(kind)
+        for name, field in kind.model_fields.items():
+            yield field.alias or name
+            yield from _settings(field.annotation, seen)
+    for part in typing.get_args(kind):
+        yield from _settings(part, seen)
+
+
+def test_every_setting_is_named_in_the_documentation():
+    pages = (Path(__file__).parents[2] / "docs").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    code = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^ {4}.*$", text, re.MULTILINE)]
+    named = {word for span in code for word in re.findall(r"\w+", span)}
+    known = set(_settings(SelfTrainingConfig, set()))
+    assert {"rounds", "frozen_fraction", "max_bytes", "trust_coefficient"} <= known
+    assert sorted(known - named) == []

@@ -125,6 +125,8 @@ def test_mixed_labels_are_targets_as_they_are():
     found = step_loss(config, student, teacher, mixed)
     expected = -(0.6 * math.log(0.75) + 0.4 * math.log(0.25))
     assert found.logs["labeled_loss"].item() == pytest.approx(expected)
+    # The student says 0, of which the mixture has most, though the image was labelled 1.
+    assert found.logs["labeled_accuracy"].item() == 1.0
 
 
 def test_a_student_learns_the_function_of_its_teacher():

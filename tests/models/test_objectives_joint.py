@@ -117,6 +117,16 @@ def test_every_loss_smooths_hard_targets_only(is_hard: bool):
     assert found.logs["pseudo_loss"].item() == pytest.approx((target - p) ** 2, abs=1e-6)
 
 
+def test_negative_learning_reads_hard_labels_unsmoothed():
+    """Smoothed over two classes, 0.05 would not be below 0.05: nothing to exclude, loss 0."""
+    logits = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    batch = Batch(images(2), torch.tensor([0]), torch.tensor([[1.0, 0.0]]), pseudo_is_hard=True)
+    config = joint(pseudo_loss={"kind": "negative_learning"}, label_smoothing=0.1)
+    found, _ = step_loss(config, batch, logits)
+    # -log(1 - p_1) = -log p_0 = log(1 + e^-3)
+    assert found.logs["pseudo_loss"].item() == pytest.approx(math.log1p(math.exp(-3)), abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------- margin
 
 

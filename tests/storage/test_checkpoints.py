@@ -9,7 +9,6 @@ from storage.checkpoints import (
     delete_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
-    read_checkpoint,
     save_checkpoint,
 )
 from storage.manifest import UnknownSchema, read_record, sealed
@@ -141,16 +140,23 @@ def test_what_a_killed_attempt_left_half_written_goes_with_the_older_ones(store:
     assert (paths_of(store, "a1"), paths_of(store, "b2")) == ([], [30, 40])
 
 
-def test_one_checkpoint_is_read_by_its_place_whatever_else_is_there(store: Store):
-    save(store, "a1", 10)
-    save(store, "b2", 20)
-    found = read_checkpoint(store, FP, "a1", 10)
-    assert (found.step, found.attempt, found.read()) == (10, "a1", b"tensors of 10")
-    with pytest.raises(FileNotFoundError, match="b2/000000000010: no checkpoint there"):
-        read_checkpoint(store, FP, "b2", 10)
-    store.replace(found.state.path, b"tensors of 11")
-    with pytest.raises(CorruptObject):
-        read_checkpoint(store, FP, "a1", 10)
+def test_a_damaged_newer_checkpoint_costs_no_other_one(store: Store):
+    for step in (10, 90):
+        save(store, "a1", step)
+    damaged = newest_checkpoint(store, FP)
+    assert damaged is not None
+    store.replace(damaged.state.path, b"damaged")
+    for step in (20, 30):  # gone on from 10
+        save(store, "b2", step)
+        # Known-broken variant: 90 is the one that stays, and each new one goes at once.
+        prune_checkpoints(store, FP, keep=1, step=step)
+        found = newest_checkpoint(store, FP)
+        assert found is not None
+        assert found.step == step
+    assert (paths_of(store, "a1"), paths_of(store, "b2")) == ([90], [30])
+    save(store, "b2", 100)
+    prune_checkpoints(store, FP, keep=1, step=100)
+    assert (paths_of(store, "a1"), paths_of(store, "b2")) == ([], [100])
 
 
 def test_pruning_all_is_refused(local_store: Store):

@@ -116,6 +116,12 @@ def test_a_list_of_keys_is_read_by_lines(tmp_path):
     assert read_keys(str(path)) == {"a/x", "b/folder/w"}
 
 
+def test_no_key_of_a_list_is_hidden_by_its_first_bytes_or_its_letters(tmp_path):
+    path = tmp_path / "keys.txt"
+    path.write_bytes("\ufeffa/x\r\na/two\u2028lines\r\n".encode())
+    assert read_keys(str(path)) == {"a/x", "a/two\u2028lines"}
+
+
 @pytest.mark.parametrize("line", ["x", "/x", "a/"])
 def test_a_line_that_is_no_key_is_named(tmp_path, line):
     path = tmp_path / "keys.txt"

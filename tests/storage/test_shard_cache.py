@@ -1,9 +1,11 @@
 """The node's shard cache: shared by processes, bounded, and right whatever is killed."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -184,3 +186,29 @@ def test_a_disk_smaller_than_the_cache_is_refused_with_the_numbers(tmp_path):
         refuse_small_cache(config, open_bytes=1, corpus_bytes=2**59)
     # What fits is enough, however large the limit is.
     refuse_small_cache(config, open_bytes=1, corpus_bytes=1000)
+
+
+def test_a_shard_evicted_while_the_cache_is_measured_counts_nothing(tmp_path):
+    (tmp_path / f"{digest(1)}.tar").symlink_to("evicted")  # listed, and gone when it is looked at
+    config = CacheConfig(dir=str(tmp_path), max_bytes=1000)
+    refuse_small_cache(config, open_bytes=1, corpus_bytes=1000)
+
+
+def test_a_part_gets_its_name_only_while_nobody_counts_the_bytes(tmp_path):
+    # Renamed during a listing it could be missing under both names, and the limit be exceeded.
+    cache, seen, counting = cache_in(tmp_path, 2), [], []
+
+    def stop_counting():
+        time.sleep(0.2)
+        seen.extend(held_by(tmp_path))
+        os.close(counting.pop())
+
+    def fetch():
+        counting.append(os.open(tmp_path / "lock", os.O_RDWR))
+        fcntl.flock(counting[0], fcntl.LOCK_EX)
+        threading.Thread(target=stop_counting).start()
+        return content(1)
+
+    assert bytes(cache.read(digest(1), SIZE, fetch)) == content(1)
+    assert seen == [f"{digest(1)}.part"]
+    assert held_by(tmp_path) == [f"{digest(1)}.tar"]

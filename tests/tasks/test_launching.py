@@ -229,6 +229,27 @@ def test_the_ranks_endings_say_more_than_torchruns_exit_code(
         launch(lab, lab.order(), LocalLaunch(processes=2))
 
 
+def test_a_line_of_progress_may_be_seen_before_it_is_whole(lab, tmp_path, monkeypatch):
+    """Known-broken variant: the first half is thrown away, and the second is no JSON."""
+    text = json.dumps(FIGURES)
+    halves = f"printf '%s' '{text[:9]}' >> $last\nsleep 0.7\nprintf '%s\\n' '{text[9:]}' >> $last"
+    fake_python(tmp_path, monkeypatch, f"for last; do :; done\n{halves}\nsleep 0.7\nexit 0")
+    seen = []
+    launch(lab, lab.order(), LocalLaunch(), on_progress=seen.append)
+    assert seen == [FIGURES]
+
+
+def test_a_worker_does_not_wait_for_the_ranks_of_a_launcher_around_it(lab, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    seen = tmp_path / "environment"
+    fake_python(tmp_path, monkeypatch, f"env > '{seen}'\nexit 0")
+    launch(lab, lab.order(), LocalLaunch())
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert "PATH" in names
+    assert not names & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"}
+
+
 def test_several_local_processes_are_started_by_torchrun_on_loopback(lab, tmp_path, monkeypatch):
     started = []
 

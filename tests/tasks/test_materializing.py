@@ -1,5 +1,6 @@
 """Compact shards: the same batches from fewer bytes, written only where that pays."""
 
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from models.noise import AffineConfig, NoiseConfig, RandomResizedConfig
 from models.thresholds import FixedThresholdConfig
 from storage.corpus import read_samples
 from storage.manifest import read_stored
-from storage.samples import iterate_samples
+from storage.samples import RawSample, iterate_samples
 from storage.shard_cache import CacheConfig
 from tasks.batches import TrainingBatches
 from tasks.loading import LoadingConfig, MaterializeChoice
@@ -163,6 +164,16 @@ def test_a_compact_shard_of_the_same_samples_has_the_same_bytes(lab):
     samples = read_samples(lab.labeled, locations, stem)
     assert compact_shard(samples[1:4], stem) == compact_shard(samples[1:4], stem)
     assert compact_shard(samples[1:4], stem) != compact_shard(samples[3:0:-1], stem)
+
+
+def test_a_compact_shard_has_the_same_bytes_in_every_locale(lab, monkeypatch):
+    image = memoryview(b"image")
+    samples = [RawSample("s/Löwe", image, "jpg", None, 0)]
+    written = compact_shard(samples, "s")
+    monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
+    assert compact_shard(samples, "s") == written
+    (read,) = iterate_samples(written, stem="s", num_samples=1)
+    assert (read.key, bytes(read.image)) == ("s/Löwe", b"image")
 
 
 def order_of(chosen, *, steps=60, cache=None, materialize: MaterializeChoice = "auto"):

@@ -112,7 +112,7 @@ def test_the_shards_behind_a_window_are_those_that_are_read_after_it():
         ends = [end + epoch * n for end in order._windows_of(epoch)[1].tolist()]
         for start, end in zip([epoch * n, *ends[:-1]], ends, strict=True):
             behind = order.next_shards(start)
-            assert behind == order.next_shards(end - 1)
+            assert behind == order.next_shards(end - 1) == order.shards_at(end)
             # The next window holds nothing but these, and each of them.
             after = order.next_shards(end)
             length = sum(MANY_SHARDS[shard] for shard in behind)

@@ -12,6 +12,7 @@ import tasks.batches
 import tasks.provenance
 from models.durations import Duration
 from models.noise import AffineConfig, CutoutConfig, NoiseConfig, RandomResizedConfig
+from models.objectives import DecoupledHeadConfig, JointConfig
 from models.optimization import AdamWConfig, RMSpropTFConfig, SGDConfig, StaircaseConfig
 from storage.checkpoints import newest_checkpoint
 from storage.manifest import read_manifest, read_provenance
@@ -127,7 +128,9 @@ def test_checkpoints_by_steps_do_not_change_the_result_and_two_are_kept(lab, tmp
     with pytest.raises(TrainingStopped):
         other.train(order, should_stop=stop_at(11))
     steps = {path.parent.name for path in checkpoint_files(other, order)}
-    assert steps == {f"{step:012d}" for step in (10, 11)}
+    # The last two: which one is before the last depends on how fast they are written.
+    assert len(steps) == 2
+    assert max(steps) == f"{11:012d}"
     assert shas(other.train(order)) == shas(plain)
 
 
@@ -153,10 +156,14 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_the_result_is_the_same(lab, 
     assert newest is not None
     path = Path(lab.store.url_of(newest.state.path))
     path.write_bytes(path.read_bytes()[:-1])
+    # Which steps have one depends on how fast they are written beside the training.
+    before = newest_checkpoint(lab.store, order.specification.fingerprint)
+    assert before is not None
+    assert 0 < before.step < newest.step == 11
     resumed = lab.train(order)
     provenance = read_provenance(lab.store, f"models/{resumed.fingerprint}")
     assert provenance is not None
-    assert provenance["resumed_at_step"] == 10
+    assert provenance["resumed_at_step"] == before.step
     assert shas(resumed) == shas(lab.in_store(tmp_path / "other").train())
 
 
@@ -235,6 +242,13 @@ def test_the_manifest_counts_what_was_seen(pipeline):
         pipeline.selection.sha256,
     )
     assert set(pipeline.teacher.inputs) == {"labeled"}
+
+
+def test_a_head_of_the_training_alone_is_not_counted_among_the_parameters(pipeline, with_selection):
+    objective = JointConfig(decoupled_head=DecoupledHeadConfig())
+    order = student_order(pipeline, with_selection, objective=objective)
+    manifest = with_selection.train(order)
+    assert manifest.counts["parameters"] == pipeline.teacher.counts["parameters"]
 
 
 def test_the_curve_has_one_row_a_report_and_null_where_there_is_no_pseudo_label(pipeline):

@@ -20,7 +20,7 @@ class NegativeLearningConfig(BaseModel):
         gt=0,
         lt=1,
         description="Classes with a pseudo-label below it are negative; an image without any has "
-        "loss 0. A hard pseudo-label excludes every other class.",
+        "loss 0. A hard pseudo-label, not smoothed here, excludes every other class.",
     )
 
 
