@@ -243,7 +243,10 @@ def test_a_student_trains_as_other_methods_train_theirs(
         ("supervised", ()),
         ("distillation", ()),
         ("fixmatch_online", ()),
-        ("curriculum_labeling", ("rounds=1", "selection.allow_collapse=true")),
+        (
+            "curriculum_labeling",
+            ("rounds=1", "selection.allow_collapse=true", "student.swa.every_steps=1"),
+        ),
         (
             "debiased",
             (
