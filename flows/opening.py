@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
-from flows.reading_costs import refuse_small_disk
 from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
 from flows.trained_models import GivenTeacher, StudentConfig, TrainedTeacher
 from models.training import TrainingConfig
@@ -24,6 +23,7 @@ from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
 from tasks.launching import LocalLaunch
 from tasks.progress import Progress, report
+from tasks.stream_sources import refuse_cache_without_room
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +153,9 @@ def refuse_without_room(store: Store, config: SelfTrainingConfig, pins: Pins) ->
     """Refuse a cache of which this machine's trainings have no use; raises CacheTooSmall."""
     if config.cache is not None and isinstance(config.launch, LocalLaunch):
         digests = [pins.labeled, *([] if pins.unlabeled is None else [pins.unlabeled])]
-        refuse_small_disk(config.cache, [load_corpus(store, digest) for digest in digests])
+        corpora = [load_corpus(store, digest) for digest in digests]
+        sizes = [[shard.num_bytes for shard in corpus.shards] for corpus in corpora]
+        refuse_cache_without_room(config.cache, sizes)
 
 
 def _stored_config(config: SelfTrainingConfig) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from models.objectives import build_objective
 from models.training import TrainingConfig
 from storage.corpus import Corpus
-from storage.shard_cache import CacheConfig, refuse_small_cache
 from tasks.batches import CACHE_BYTES
-from tasks.stream_sources import stays_decoded, window_bytes
+from tasks.stream_sources import stays_decoded
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,6 @@ class ReadBytes:
 
     uncached: int
     cached: int
-
-
-def refuse_small_disk(cache: CacheConfig, corpora: Sequence[Corpus]) -> None:
-    """Refuse a cache that cannot serve a training of these corpora, or its disk cannot.
-
-    Raises: CacheTooSmall, with the numbers.
-    """
-    sizes = [[shard.num_bytes for shard in corpus.shards] for corpus in corpora]
-    refuse_small_cache(
-        cache,
-        open_bytes=sum(window_bytes(one) for one in sizes),
-        corpus_bytes=sum(sum(one) for one in sizes),
-    )
 
 
 def read_once(num_bytes: int) -> ReadBytes:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 from prefect.settings import get_current_settings
@@ -58,25 +57,13 @@ def serve_on_schedule(config: SelfTrainingConfig, *, cron: str, timezone: str) -
         except KeyboardInterrupt:
             return
         finally:
-            _stop_with_runs(process)
+            # Its runs are in its group and may outlive it.
+            stop_process_group(process, grace_seconds=_STOP_GRACE_SECONDS, until_empty=True)
         raise SchedulerEnded(f"the process that starts runs ended with exit code {code}")
 
 
 def _raise_interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _stop_with_runs(process: "subprocess.Popen[bytes]") -> None:
-    """Stop the process and the runs in its group, which may outlive it."""
-    deadline = time.monotonic() + _STOP_GRACE_SECONDS
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            process.poll()
-            os.killpg(process.pid, 0)
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def serve_ui(*, port: int, run_id: str | None) -> None:

@@ -4,9 +4,11 @@ import ctypes
 import os
 import signal
 import subprocess
+import time
 from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05
 
 # Loaded now: to load a library between fork and exec can deadlock in a process with threads.
 _LIBC = ctypes.CDLL(None)
@@ -22,15 +24,26 @@ def die_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def stop_process_group(process: "subprocess.Popen[bytes]", *, grace_seconds: float) -> None:
-    """Send SIGTERM to the process's group, then SIGKILL once the grace has passed."""
-    if process.poll() is not None:
+def stop_process_group(
+    process: "subprocess.Popen[bytes]", *, grace_seconds: float, until_empty: bool = False
+) -> None:
+    """Send SIGTERM to the process's group, then SIGKILL once the grace has passed.
+
+    Args:
+        process: leads its group.
+        grace_seconds: for what the group does upon SIGTERM.
+        until_empty: give the grace to members that outlive the process as well; by default its own
+            end is enough.
+    """
+    if process.poll() is not None and not until_empty:
         return
-    with suppress(ProcessLookupError):
+    deadline = time.monotonic() + grace_seconds
+    with suppress(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=grace_seconds)
-    except subprocess.TimeoutExpired:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        while time.monotonic() < deadline:
+            if process.poll() is not None and not until_empty:
+                return
+            os.killpg(process.pid, 0)
+            time.sleep(_POLL_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -207,13 +207,11 @@ def check_room(sources: Sequence[Source], memory: ShardMemory, cache: CacheConfi
 
     Raises: CacheTooSmall, with the numbers.
     """
-    open_bytes = sum(window_bytes(source.shard_bytes) for source in sources)
     if cache is not None:
-        corpus_bytes = sum(sum(source.shard_bytes) for source in sources)
-        refuse_small_cache(cache, open_bytes=open_bytes, corpus_bytes=corpus_bytes)
+        refuse_cache_without_room(cache, [source.shard_bytes for source in sources])
         return
     streamed = [source for source in sources if not source.is_cached]
-    open_bytes = sum(window_bytes(source.shard_bytes) for source in streamed)
+    open_bytes = sum(_window_bytes(source.shard_bytes) for source in streamed)
     if open_bytes > memory.max_bytes:
         _log.warning(
             "the shards that are read at a time may have %d bytes, but %d may be held in memory:"
@@ -224,6 +222,21 @@ def check_room(sources: Sequence[Source], memory: ShardMemory, cache: CacheConfi
         )
 
 
-def window_bytes(shard_bytes: Sequence[int]) -> int:
+def refuse_cache_without_room(cache: CacheConfig, shard_bytes: Sequence[Sequence[int]]) -> None:
+    """Refuse a cache that cannot serve a training, or whose disk cannot.
+
+    Args:
+        cache: of the node.
+        shard_bytes: of every shard, for each stream or corpus that the training reads.
+    Raises: CacheTooSmall, with the numbers.
+    """
+    refuse_small_cache(
+        cache,
+        open_bytes=sum(_window_bytes(one) for one in shard_bytes),
+        corpus_bytes=sum(sum(one) for one in shard_bytes),
+    )
+
+
+def _window_bytes(shard_bytes: Sequence[int]) -> int:
     """Return the most bytes that shards mixed with each other can have."""
     return sum(sorted(shard_bytes, reverse=True)[:OPEN_SHARDS])

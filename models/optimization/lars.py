@@ -3,14 +3,16 @@
 # torch's optimisers are built from its _foreach functions, which it exports without a public name.
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.optimization.grouped import GroupedOptimizer
 
-class LARS(torch.optim.Optimizer):
+
+class LARS(GroupedOptimizer):
     """Layer-wise adaptive rate scaling, for very large batches.
 
         g <- grad + weight_decay * weight
@@ -43,17 +45,6 @@ class LARS(torch.optim.Optimizer):
             "adapt": adapt,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]

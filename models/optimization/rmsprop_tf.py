@@ -3,14 +3,16 @@
 # torch's optimisers are built from its _foreach functions, which it exports without a public name.
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.optimization.grouped import GroupedOptimizer
 
-class RMSpropTF(torch.optim.Optimizer):
+
+class RMSpropTF(GroupedOptimizer):
     """RMSProp with epsilon inside the root, a mean square that starts at one, and L2 decay.
 
         mean_square <- decay * mean_square + (1 - decay) * grad^2
@@ -42,17 +44,6 @@ class RMSpropTF(torch.optim.Optimizer):
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
