@@ -1,5 +1,12 @@
-"""Run every benchmark in full and rewrite the tables in docs/benchmarks.md: `make bench`."""
+"""Run benchmarks in full and rewrite docs/benchmarks.md: `make bench`, or by name.
 
+    python -m benchmarks                  # all of them: hours
+    python -m benchmarks training         # one; the others' figures stay as they were measured
+
+The figures of every script are kept in benchmarks/results/; the page is made of these.
+"""
+
+import argparse
 import json
 import subprocess
 import sys
@@ -7,49 +14,62 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 _NOT_BENCHMARKS = {"__init__", "__main__", "figures"}
 
 
 def main() -> int:
-    """Run all, write the page, return 1 if a goal was missed."""
+    """Run, write the page, return 1 if a goal was missed in what was run."""
+    known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in _NOT_BENCHMARKS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}; default: all")
+    names: list[str] = parser.parse_args().names or known
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"unknown benchmarks {unknown}; there are {known}")
     figures: list[dict[str, Any]] = []
-    for path in sorted(FOLDER.glob("*.py")):
-        if path.stem in _NOT_BENCHMARKS:
-            continue
-        print(f"--- {path.stem}", file=sys.stderr)
+    for name in names:
+        print(f"--- {name}", file=sys.stderr)
         done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{path.stem}", "--json"],
+            [sys.executable, "-m", f"benchmarks.{name}", "--json"],
             stdout=subprocess.PIPE,
             check=True,
         )
-        figures += [{**one, "script": path.stem} for one in json.loads(done.stdout)]
-    PAGE.write_text(_page(figures), encoding="utf-8")
+        measured: list[dict[str, Any]] = json.loads(done.stdout)
+        if measured:  # none where a benchmark's data are missing
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+        figures += measured
+    PAGE.write_text(render_page(RESULTS), encoding="utf-8")
     print(PAGE, file=sys.stderr)
     return int(any(not _is_met(one) for one in figures))
 
 
-def _page(figures: list[dict[str, Any]]) -> str:
+def render_page(results: Path) -> str:
+    """Return docs/benchmarks.md, made of a folder's NAME.json, each what a benchmark printed."""
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench`; each row comes from `python -m benchmarks.<script>`.",
-        "",
-        "| figure | value | goal | met | against | seeds | script |",
-        "|---|---|---|---|---|---|---|",
+        "Written by `make bench`. Each table comes from `python -m benchmarks.<script>`, run alone"
+        " on the machine that stands below it; `python -m benchmarks <script>` measures one anew.",
+        "A goal that is not met stays in the table.",
     ]
-    for one in figures:
-        sign = "≥" if one["direction"] == "at_least" else "≤"
-        seeds = ", ".join(map(str, one["seeds"]))
-        lines.append(
-            f"| {one['name']} | {one['value']:.3g} {one['unit']} | {sign} {one['goal']:.3g} |"
-            f" {'yes' if _is_met(one) else 'no'} | {one['against']} | {seeds} |"
-            f" `benchmarks/{one['script']}.py` |"
-        )
-    first = figures[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines += ["", f"{first['hardware']}; {versions}; {first['date']}.", ""]
-    return "\n".join(lines)
+    for path in sorted(results.glob("*.json")):
+        figures: list[dict[str, Any]] = json.loads(path.read_text())
+        lines += ["", f"## {path.stem}", "", "| figure | value | goal | met | against | seeds |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for one in figures:
+            sign = "≥" if one["direction"] == "at_least" else "≤"
+            seeds = ", ".join(map(str, one["seeds"]))
+            lines.append(
+                f"| {one['name']} | {one['value']:.3g} {one['unit']} | {sign} {one['goal']:.3g} |"
+                f" {'yes' if _is_met(one) else 'no'} | {one['against']} | {seeds} |"
+            )
+        first = figures[0]
+        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        lines += ["", f"`benchmarks/{path.stem}.py`; {first['hardware']}; {versions}; "]
+        lines[-1] += f"{first['date']}."
+    return "\n".join([*lines, ""])
 
 
 def _is_met(one: dict[str, Any]) -> bool:
