@@ -3,28 +3,24 @@
 import io
 import struct
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.architectures import Interpolation
+from tasks.jpeg_files import plain_pixels, plain_size
+from tasks.resizing import resized_centre, resized_pixels
+
 T = TypeVar("T")
 
-CONVERSION = "pil-1"
+CONVERSION = "turbo-torch-1"
 """Name of this conversion in fingerprints; a change of any pixel it gives needs a new name."""
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,22 +48,48 @@ class BadImage(ValueError):
     """An image file that cannot be decoded, whole, to RGB."""
 
 
-def decode_image(
+def decode_pixels(
     data: bytes | memoryview, *, where: str, reduction: Reduction | None = None
-) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file to an upright RGB image.
+) -> NDArray[np.uint8]:
+    """Decode a JPEG, PNG or WebP file to the (H, W, 3) pixels of an upright RGB image.
 
-    Of an animation the first frame. Transparency is laid over white; see `to_rgb`.
+    Of an animation the first frame. Transparency is laid over white; see `to_rgb`. A plain JPEG
+    goes through libjpeg-turbo without Pillow, to the same pixels; all else, and whatever that
+    warns of, through Pillow.
 
     Args:
         data: the whole file.
         where: sample key or path, for errors.
         reduction: by what a JPEG's sides may be divided, from its upright width and height; other
             formats are decoded whole.
+    Returns: an array that nobody else has.
     Raises: BadImage, naming `where`, for another format, a cut or damaged file, or more than 64
         million pixels (checked before any is decoded).
     """
-    return _decode(data, FORMATS, where, reduction)
+    if _is_decoded_plainly(data, where, reduction):
+        pixels = plain_pixels(data)
+        if pixels is not None:
+            return pixels
+    return np.array(_decode(data, FORMATS, where, reduction))
+
+
+def decode_image(
+    data: bytes | memoryview, *, where: str, reduction: Reduction | None = None
+) -> Image.Image:
+    """Decode as `decode_pixels` does, to an image of Pillow's."""
+    return Image.fromarray(decode_pixels(data, where=where, reduction=reduction))
+
+
+def _is_decoded_plainly(data: bytes | memoryview, where: str, reduction: Reduction | None) -> bool:
+    plain = plain_size(data)
+    if plain is None:
+        return False
+    (width, height), may_be_turned = plain
+    if width * height > MAX_PIXELS:
+        return False
+    if may_be_turned and _opened(data, FORMATS, where, _turn) is not None:
+        return False
+    return reduction is None or reduction(width, height) == 1
 
 
 def upright_size(data: bytes | memoryview, *, where: str) -> tuple[int, int]:
@@ -188,24 +210,30 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def clean_view(
-    image: Image.Image, size: int, crop_padding: int = 0, interpolation: Interpolation = "bicubic"
+    image: Image.Image | NDArray[np.uint8],
+    size: int,
+    crop_padding: int = 0,
+    interpolation: Interpolation = "bicubic",
 ) -> NDArray[np.uint8]:
-    """Cut the central square and resize it: the view without noise.
+    """Resize the shorter side to size + crop_padding and cut the centre: the view without noise.
 
-    The square's side is min(width, height) * size / (size + crop_padding), so a padding of 32 at
-    224 keeps 7/8. An RGB image that already is (size, size) comes back as it is without padding.
+    A padding of 32 at 224 keeps 7/8 of the shorter side. An RGB image that already is (size, size)
+    comes back as it is without padding.
 
-    Returns: (size, size, 3).
-    Source: the evaluation crop of EfficientNet's preprocessing.py.
+    Args:
+        image: RGB, of Pillow's or (H, W, 3).
+        size: side of the result in pixels.
+        crop_padding: what the cut leaves of the resized shorter side.
+        interpolation: antialiased when it makes smaller.
+    Returns: (size, size, 3), possibly a view of a larger array.
+    Source: torchvision's Resize and CenterCrop, as its weights' own transforms put them together.
     """
-    width, height = image.size
-    side = min(width, height) * size / (size + crop_padding)
-    left, top = (width - side) / 2, (height - side) / 2
-    return _resized(image, size, (left, top, left + side, top + side), interpolation)
+    _check_interpolation(interpolation)
+    return resized_centre(np.asarray(image), size, crop_padding, interpolation)
 
 
 def random_resized_view(
-    image: Image.Image,
+    image: Image.Image | NDArray[np.uint8],
     size: int,
     box: tuple[float, float, float, float],
     interpolation: Interpolation = "bicubic",
@@ -213,27 +241,31 @@ def random_resized_view(
     """Resize a given box of the image; the box is drawn by the caller.
 
     Args:
-        image: RGB.
+        image: RGB, of Pillow's or (H, W, 3).
         size: side of the result in pixels.
-        box: left, top, right, bottom in pixels of the image, right and bottom exclusive.
+        box: left, top, right, bottom in pixels of the image, right and bottom exclusive; rounded
+            to whole pixels, of which at least one is left.
         interpolation: antialiased when it makes smaller.
     Returns: (size, size, 3).
     Raises: ValueError if the box is empty or leaves the image.
     """
+    _check_interpolation(interpolation)
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
     left, top, right, bottom = box
-    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise ValueError(f"box {box} is empty or leaves the image of {image.size} pixels")
-    return _resized(image, size, box, interpolation)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(f"box {box} is empty or leaves the image of {(width, height)} pixels")
+    across, down = _whole(left, right, width), _whole(top, bottom, height)
+    return resized_pixels(np.ascontiguousarray(pixels[down, across]), size, size, interpolation)
 
 
-def _resized(
-    image: Image.Image,
-    size: int,
-    box: tuple[float, float, float, float],
-    interpolation: Interpolation,
-) -> NDArray[np.uint8]:
-    if interpolation not in _RESAMPLING:
-        raise ValueError(f"unknown interpolation {interpolation!r}; there are {[*_RESAMPLING]}")
-    if image.size != (size, size) or box != (0, 0, size, size):
-        image = image.resize((size, size), _RESAMPLING[interpolation], box=box)
-    return np.asarray(image)
+def _whole(start: float, end: float, length: int) -> slice:
+    """Round an interval to whole pixels; one that rounds to nothing becomes one pixel."""
+    first = min(round(start), length - 1)
+    return slice(first, max(round(end), first + 1))
+
+
+def _check_interpolation(interpolation: Interpolation) -> None:
+    known = get_args(Interpolation)
+    if interpolation not in known:
+        raise ValueError(f"unknown interpolation {interpolation!r}; there are {[*known]}")

@@ -13,7 +13,7 @@ from models.inference import log_probabilities
 from storage.predictions import Predictions
 from storage.samples import RawSample, in_shard_key
 from tasks.classifiers import StoredClassifier
-from tasks.images import BadImage, clean_view, decode_image
+from tasks.images import BadImage, clean_view, decode_pixels
 from tasks.shard_items import BadSampleBudget
 
 _DECODE_THREADS = 4
@@ -71,7 +71,7 @@ def predict_samples(
 
     def decode(sample: RawSample) -> NDArray[np.uint8] | BadImage:
         try:
-            image = decode_image(sample.image, where=sample.key)
+            image = decode_pixels(sample.image, where=sample.key)
         except BadImage as error:
             return error
         return clean_view(image, view.image_size, view.crop_padding, view.interpolation)

@@ -11,7 +11,7 @@ from storage.manifest import read_stored
 from storage.store import Store
 from tasks.classifiers import load_classifier, model_manifest, read_description
 from tasks.devices import DeviceChoice, resolve_device
-from tasks.images import BadImage, clean_view, decode_image
+from tasks.images import BadImage, clean_view, decode_pixels
 from tasks.predicting import forward
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
@@ -39,7 +39,7 @@ def predict_files(
             entry: dict[str, Any] = {"path": str(file)}
             entries.append(entry)
             try:
-                image = decode_image(file.read_bytes(), where=str(file))
+                image = decode_pixels(file.read_bytes(), where=str(file))
             except BadImage as error:
                 entry["error"] = str(error)
                 continue

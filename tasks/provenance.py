@@ -11,7 +11,7 @@ import torch
 from storage.manifest import write_provenance
 from storage.store import Store
 
-_PACKAGES = ("selftrain", "torch", "torchvision", "numpy", "pyarrow", "pillow")
+_PACKAGES = ("selftrain", "torch", "torchvision", "numpy", "pyarrow", "pillow", "simplejpeg")
 
 
 def versions() -> dict[str, str]:

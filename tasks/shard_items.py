@@ -14,7 +14,7 @@ from storage.samples import RawSample
 from tasks.images import (
     BadImage,
     clean_view,
-    decode_image,
+    decode_pixels,
     largest_reduction,
     random_resized_view,
     upright_size,
@@ -172,14 +172,15 @@ def views_of(
         return min(largest_reduction(box[2] - box[0], box[3] - box[1], size) for box in boxes)
 
     is_reduced = config.decode == "reduced"
-    image = decode_image(
+    image = decode_pixels(
         sample.image, where=sample.key, reduction=reduction if is_reduced else None
     )
     if boxes is None:
         return [clean_view(image, size, config.crop_padding, interpolation)]
     if is_reduced:
         whole = upright_size(sample.image, where=sample.key)
-        boxes = [scaled_box(box, whole, image.size) for box in boxes]
+        height, width = image.shape[:2]
+        boxes = [scaled_box(box, whole, (width, height)) for box in boxes]
     return [random_resized_view(image, size, box, interpolation) for box in boxes]
 
 

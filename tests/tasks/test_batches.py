@@ -496,7 +496,7 @@ def test_a_cached_corpus_is_decoded_once(lab, open_batches, monkeypatch):
         decoded.append(where)
         return decode_image(data, where=where)
 
-    monkeypatch.setattr(tasks.shard_items, "decode_image", counting)
+    monkeypatch.setattr(tasks.shard_items, "decode_pixels", counting)
     batches = open_batches(lab, lab.config())
     for step in range(12):  # three epochs of 24
         batches.batch(step)
@@ -609,7 +609,7 @@ def test_copies_of_an_image_are_decoded_once(lab, open_batches, tmp_path, monkey
         decoded.append(where)
         return decode_image(data, where=where)
 
-    monkeypatch.setattr(tasks.shard_items, "decode_image", counting)
+    monkeypatch.setattr(tasks.shard_items, "decode_pixels", counting)
     chosen, _, given = copies_of_two_images(lab, tmp_path)
     config = student_config(lab, noise=CLEAN, batch_size=4, unlabeled_ratio=2)
     batches = open_batches(chosen, config, **given)

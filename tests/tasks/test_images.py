@@ -302,7 +302,7 @@ def test_unknown_interpolation_lists_the_known_ones():
 
 
 def test_name_of_the_conversion_is_in_stored_fingerprints():
-    assert images.CONVERSION == "pil-1"
+    assert images.CONVERSION == "turbo-torch-1"
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_jpeg_is_decoded_at_a_part_of_its_sides(divisor, orientation):
 
     image = decode_image(data, where="s/0", reduction=reduction)
     assert upright_size(data, where="s/0") == upright
-    assert asked == [upright]
+    assert set(asked) == {upright}
     assert image.size == tuple(-(-side // divisor) for side in upright)
     # The same picture: it differs little from the whole one made smaller.
     whole = decode_image(data, where="s/0").resize(image.size, Image.Resampling.BOX)

@@ -26,7 +26,7 @@ ALLOWED = {
     },
     "tasks": {
         *("tasks", "models", "storage", "prefect", "torch", "torchvision", "numpy", "pyarrow"),
-        *("webdataset", "PIL", "pydantic"),
+        *("webdataset", "PIL", "simplejpeg", "pydantic"),
     },
     "models": {"models", "torch", "torchvision", "numpy", "safetensors", "pydantic"},
     "storage": {"storage", "fsspec", "s3fs", "pyarrow", "numpy", "pydantic"},

@@ -152,7 +152,8 @@ def test_a_stored_model_labels_in_the_runs_order(pipeline, lab):
     assert second.label.tolist() == [[1, 2, 0][label] for label in first.label]
     assert second.true_label.tolist() == [[1, 2, 0][label] for label in first.true_label]
     np.testing.assert_array_equal(second.log_probs[:, [1, 2, 0]], first.log_probs)
-    np.testing.assert_array_equal(second.confidence, first.confidence)
+    # Sums over the classes run in another order: the last bit may differ.
+    np.testing.assert_allclose(second.confidence, first.confidence, rtol=3e-7)
 
 
 def test_a_label_number_without_a_name_is_unknown_truth(pipeline, lab, tmp_path):

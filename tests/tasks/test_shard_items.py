@@ -176,8 +176,9 @@ def test_reduced_decoding_shows_the_same_part_of_an_image(lab, decoders, crop):
         strict=True,
     ):
         assert part.shape == (8, 8, 3)
-        # Known-broken variant: a box not scaled with its image, which differs by more than 30.
-        assert 0 < float(np.abs(whole.astype(int) - part).mean()) < 5
+        # The longer side is resized to whole pixels, here 24 or 23 of which 8 are cut: up to half
+        # a pixel. Known-broken variant: a box not scaled with its image: more than 30.
+        assert 0 < float(np.abs(whole.astype(int) - part).mean()) < 8
 
 
 def test_reduced_decoding_changes_nothing_where_the_view_needs_all_pixels(lab, decoders):
