@@ -1,5 +1,6 @@
 """Tests of stored predictions: exact values, deterministic bytes, refusals, one truth."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -7,14 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import predictions as module
+from storage import prediction_files as module
 from storage.manifest import ManifestMismatch, UnknownSchema, create_record
 from storage.objects import CorruptObject
 from storage.predictions import (
+    Listed,
     Predictions,
     check_predictions,
     from_parquet,
     predictions_schema,
+    probability_sums,
     read_columns,
     read_predictions,
     read_record,
@@ -53,12 +56,68 @@ def assert_equal(a, b):
         assert getattr(a, name).dtype == getattr(b, name).dtype
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     np.testing.assert_array_equal(a.true_label, b.true_label)
+    assert (a.uncertainty is None) == (b.uncertainty is None)
+    if a.uncertainty is not None:
+        np.testing.assert_array_equal(a.uncertainty, b.uncertainty)
+    assert (a.form, a.k, a.num_classes) == (b.form, b.k, b.num_classes)
+    if a.listed is not None:
+        for name in ("class_ids", "rest_mass"):
+            assert getattr(a.listed, name).dtype == getattr(b.listed, name).dtype
+            np.testing.assert_array_equal(getattr(a.listed, name), getattr(b.listed, name))
+
+
+def make_top_k(n=5, c=300, k=3, seed=0):
+    p = make(n, c, seed)
+    ids = np.argsort(-p.log_probs, axis=1, kind="stable")[:, :k]
+    if n:
+        ids[:, 0] = p.label
+    log_probs = np.take_along_axis(p.log_probs, ids, axis=1)
+    rest = np.maximum(1 - np.exp(log_probs.astype(np.float64)).sum(axis=1), 0)
+    listed = Listed(ids.astype(np.uint32), rest.astype(np.float32), c)
+    return replace(p, log_probs=log_probs, listed=listed)
+
+
+def with_uncertainty(p):
+    return replace(p, uncertainty=np.linspace(0, 0.5, p.num_samples, dtype=np.float32))
+
+
+SUMS = np.arange(600, dtype=np.int64).reshape(2, 300) << 30
 
 
 @pytest.mark.parametrize(("n", "c"), [(5, 4), (1, 2), (0, 3), (300, 256)])
 def test_predictions_read_back_bit_for_bit(n, c):
     p = make(n, c)
     assert_equal(from_parquet(to_parquet(p), num_samples=n, num_classes=c, where="x"), p)
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 3), (0, 3), (40, 1), (7, 300)])
+@pytest.mark.parametrize("optional", [lambda p: p, with_uncertainty])
+def test_top_k_predictions_read_back_bit_for_bit(n, k, optional):
+    p = optional(make_top_k(n, k=k))
+    found = from_parquet(
+        to_parquet(p),
+        num_samples=n,
+        num_classes=300,
+        where="x",
+        k=k,
+        has_uncertainty=p.uncertainty is not None,
+    )
+    assert_equal(found, p)
+
+
+def test_the_full_form_without_uncertainty_keeps_its_bytes():
+    # sha256 of the file that the version before the top_k form wrote of the same predictions.
+    digest = hashlib.sha256(to_parquet(make())).hexdigest()
+    assert digest == "5ad541dc15e87ce71bf09d120a6355f02d87bea6d02ebe3c614cac06cbb7eeed"
+
+
+def test_a_file_of_one_form_is_not_read_as_another():
+    with pytest.raises(ValueError, match="x: columns"):
+        from_parquet(to_parquet(make_top_k()), num_samples=5, num_classes=300, where="x")
+    with pytest.raises(ValueError, match="x: columns"):
+        from_parquet(to_parquet(make_top_k()), num_samples=5, num_classes=300, where="x", k=4)
+    with pytest.raises(ValueError, match="x: columns"):
+        from_parquet(to_parquet(with_uncertainty(make())), num_samples=5, num_classes=4, where="x")
 
 
 def test_equal_predictions_give_equal_bytes():
@@ -82,6 +141,28 @@ def test_schema_is_the_documented_one_and_carries_its_version():
     assert schema.metadata == {b"selftrain.predictions": b"1"}
 
 
+def test_schema_of_the_top_k_form_is_the_documented_one():
+    schema = predictions_schema(1000, k=10, has_uncertainty=True)
+    assert [f"{f.name}: {f.type}" for f in schema] == [
+        "key: string",
+        "label: uint32",
+        "confidence: float",
+        "margin: float",
+        "entropy: float",
+        "class_ids: fixed_size_list<element: uint32 not null>[10]",
+        "log_probs: fixed_size_list<element: halffloat not null>[10]",
+        "rest_mass: float",
+        "logsumexp: float",
+        "true_label: int32",
+        "uncertainty: float",
+    ]
+    assert not any(f.nullable for f in schema)
+    assert schema.metadata == {
+        b"selftrain.predictions.top_k": b"1",
+        b"selftrain.predictions.uncertainty": b"1",
+    }
+
+
 def changed(**columns):
     p = make()
     return replace(p, **{k: np.asarray(v, getattr(p, k).dtype) for k, v in columns.items()})
@@ -91,6 +172,16 @@ def with_value(name, value, row=2):
     values = getattr(make(), name).copy()
     values[row] = value
     return changed(**{name: values})
+
+
+def listed_with(**values):
+    """Row 1 of the top_k form with another rest mass or another last class."""
+    p = make_top_k()
+    assert p.listed is not None
+    ((name, value),) = values.items()
+    array = getattr(p.listed, name).copy()
+    array.reshape(5, -1)[1, -1] = value
+    return replace(p, listed=replace(p.listed, **{name: array}))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +206,15 @@ def with_value(name, value, row=2):
         (replace(make(), label=np.zeros(4, np.uint32)), r"label must be \(5,\) uint32"),
         (replace(make(), confidence=np.zeros(5)), r"confidence must be \(5,\) float"),
         (replace(make(), log_probs=make().log_probs.astype(np.float32)), "float16"),
+        (replace(make(), uncertainty=np.full(5, -0.1, np.float32)), "uncertainty is negative"),
+        (replace(make(), uncertainty=np.full(5, np.nan, np.float32)), "NaN or infinite"),
+        (replace(make(), uncertainty=np.zeros(4, np.float32)), r"uncertainty must be \(5,\)"),
+        (listed_with(class_ids=300), "listed class is not a class"),
+        (listed_with(class_ids=make_top_k().label[1]), "listed twice"),
+        (replace(make_top_k(), label=make_top_k().label + 1), "not the label"),
+        (listed_with(rest_mass=-0.1), "rest mass is not in"),
+        (listed_with(rest_mass=np.nan), "NaN or infinite"),
+        (listed_with(rest_mass=0.99), "do not sum to 1"),
     ],
 )
 def test_bad_predictions_are_refused_before_they_are_written(predictions, message):
@@ -208,7 +308,7 @@ def test_record_of_another_shard_is_refused(tmp_path):
 
 def test_record_of_a_newer_version_is_refused(tmp_path):
     store = open_store(str(tmp_path))
-    create_record(store, record_path(LABELER, SHARD), {"schema": 2})
+    create_record(store, record_path(LABELER, SHARD), {"schema": 3})
     with pytest.raises(UnknownSchema):
         read_record(store, LABELER, SHARD)
 
@@ -232,3 +332,34 @@ def test_half_floats_of_many_classes_pass_the_check_of_sums():
         log_probs = logits - np.log(np.exp(logits).sum(axis=1))[:, None]
         p = make(200, 256)
         check_predictions(replace(p, log_probs=log_probs.astype(np.float16)))
+
+
+def test_top_k_record_gives_back_the_exact_sums_and_uncertainty(tmp_path):
+    store = open_store(str(tmp_path))
+    p = with_uncertainty(make_top_k())
+    record = write_predictions(store, LABELER, SHARD, p, {}, prob_sums=SUMS)
+    assert (record["schema"], record["k"], record["has_uncertainty"]) == (2, 3, True)
+    np.testing.assert_array_equal(probability_sums(read_record(store, LABELER, SHARD)), SUMS)
+    assert_equal(read_predictions(store, record), p)
+    columns = read_columns(store, record, ["uncertainty", "rest_mass"])
+    np.testing.assert_array_equal(columns["uncertainty"], p.uncertainty)
+    np.testing.assert_array_equal(columns["rest_mass"], p.listed.rest_mass)
+
+
+def test_a_full_record_has_no_new_fields(tmp_path):
+    record = write_predictions(open_store(str(tmp_path)), LABELER, SHARD, make(), {})
+    assert sorted(record) == [
+        *("facts", "labeler", "num_classes", "num_samples", "object", "schema", "shard")
+    ]
+    assert record["schema"] == 1
+    assert probability_sums(record) is None
+
+
+def test_sums_and_form_must_fit(tmp_path):
+    store = open_store(str(tmp_path))
+    with pytest.raises(ValueError, match="are top_k, and sums are missing"):
+        write_predictions(store, LABELER, SHARD, make_top_k(), {})
+    with pytest.raises(ValueError, match="are full, and sums are given"):
+        write_predictions(store, LABELER, SHARD, make(), {}, prob_sums=SUMS)
+    with pytest.raises(ValueError, match=r"prob_sums must be \(2, 300\) int64"):
+        write_predictions(store, LABELER, SHARD, make_top_k(), {}, prob_sums=SUMS[:, :4])

@@ -1,0 +1,117 @@
+"""Predictions as Parquet: one schema per form, each with a version of its own."""
+
+from typing import Any, cast
+
+import numpy as np
+
+from storage.parquet_files import arrow, column, read_table, write_table
+from storage.prediction_values import SCALARS, Listed, Predictions, check_predictions
+
+SCHEMA_VERSION = 1
+"""Of the full form without optional columns."""
+TOP_K_VERSION = 1
+UNCERTAINTY_VERSION = 1
+
+SCHEMA: Any = arrow.schema(
+    [
+        arrow.field("key", arrow.string(), nullable=False),
+        *(
+            arrow.field(name, arrow.from_numpy_dtype(kind), nullable=False)
+            for name, kind in SCALARS.items()
+        ),
+    ],
+    metadata={"selftrain.predictions": str(SCHEMA_VERSION)},
+)
+"""The columns that every form has, of one value a row."""
+
+_LISTS_AT = 5  # before logsumexp
+
+
+def predictions_schema(
+    num_classes: int, *, k: int | None = None, has_uncertainty: bool = False
+) -> Any:
+    """Return the Parquet schema.
+
+    Args:
+        num_classes: C.
+        k: classes listed of each row; None for the full form.
+        has_uncertainty: whether there is the optional column.
+    """
+    versions: dict[str, str] = {"selftrain.predictions": str(SCHEMA_VERSION)}
+    schema = SCHEMA
+    if k is None:
+        schema = schema.insert(_LISTS_AT, _list_field("log_probs", arrow.float16(), num_classes))
+    else:
+        versions = {"selftrain.predictions.top_k": str(TOP_K_VERSION)}
+        rest = arrow.field("rest_mass", arrow.float32(), nullable=False)
+        schema = (
+            schema.insert(_LISTS_AT, _list_field("class_ids", arrow.uint32(), k))
+            .insert(_LISTS_AT + 1, _list_field("log_probs", arrow.float16(), k))
+            .insert(_LISTS_AT + 2, rest)
+        )
+    if has_uncertainty:
+        versions["selftrain.predictions.uncertainty"] = str(UNCERTAINTY_VERSION)
+        schema = schema.append(arrow.field("uncertainty", arrow.float32(), nullable=False))
+    return schema.with_metadata(versions)
+
+
+def to_parquet(predictions: Predictions) -> bytes:
+    """Return the file's bytes, the same for the same predictions."""
+    check_predictions(predictions)
+    p = predictions
+    schema = predictions_schema(p.num_classes, k=p.k, has_uncertainty=p.uncertainty is not None)
+    columns: list[Any] = []
+    for field in schema:
+        values: Any = p.listed if field.name in ("class_ids", "rest_mass") else p
+        if field.name == "key":
+            columns.append(arrow.array(p.keys, type=field.type))
+            continue
+        array = np.ascontiguousarray(getattr(values, field.name))
+        if array.ndim == 2:
+            flat = arrow.array(array.reshape(-1))
+            columns.append(arrow.FixedSizeListArray.from_arrays(flat, type=field.type))
+        else:
+            columns.append(arrow.array(array, type=field.type))
+    return write_table(arrow.Table.from_arrays(columns, schema=schema))
+
+
+def from_parquet(
+    data: bytes,
+    *,
+    num_samples: int,
+    num_classes: int,
+    where: str,
+    k: int | None = None,
+    has_uncertainty: bool = False,
+) -> Predictions:
+    """Read a file of that many rows and classes and of that form, and check it.
+
+    Raises: ValueError, naming `where`, for another schema or count and for refused values.
+    """
+    schema = predictions_schema(num_classes, k=k, has_uncertainty=has_uncertainty)
+    table = read_table(data, schema=schema, num_rows=num_samples, where=where)
+
+    def matrix(name: str) -> Any:
+        values = table.column(name).combine_chunks().flatten()
+        return values.to_numpy(zero_copy_only=False).reshape(num_samples, k or num_classes)
+
+    listed = None
+    if k is not None:
+        listed = Listed(matrix("class_ids"), column(table, "rest_mass"), num_classes)
+    predictions = Predictions(
+        keys=tuple(cast("list[str]", table.column("key").to_pylist())),
+        log_probs=matrix("log_probs"),
+        listed=listed,
+        uncertainty=column(table, "uncertainty") if has_uncertainty else None,
+        **{name: column(table, name) for name in SCALARS},
+    )
+    try:
+        check_predictions(predictions)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return predictions
+
+
+def _list_field(name: str, kind: Any, length: int) -> Any:
+    values = arrow.field("element", kind, nullable=False)
+    return arrow.field(name, arrow.list_(values, length), nullable=False)
