@@ -289,6 +289,7 @@ class SelfTrainingConfig(_Config):
 def _changed_sections(config: SelfTrainingConfig) -> tuple[tuple[str, bool], ...]:
     """Return the sections on stored pseudo-labels and whether anything in them was chosen."""
     return (
-        ("labeling", config.labeling != LabelingConfig()),
+        # full: the default of stored configs from before there was another form.
+        ("labeling", config.labeling not in (LabelingConfig(), LabelingConfig(form="full"))),
         ("selection", config.selection != SelectionConfig()),
     )

@@ -109,6 +109,7 @@ class RunDriver:
                 max_bad_samples=self.run.config.max_bad_samples,
                 label=title,
                 artifact=self._artifact(round_index, "label"),
+                validation=self.graph.evaluate("validate", teacher).fingerprint,
                 return_state=True,
             ),
         )

@@ -119,6 +119,7 @@ class RunGraph:
             teacher=teacher.fingerprint,
             view=teacher.view.to_json(),
             class_names=self.pins.class_names,
+            validation=self.evaluate("validate", teacher).fingerprint,
         )
 
     def label(self, teacher: ModelRef) -> Specification:

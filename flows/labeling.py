@@ -12,10 +12,13 @@ from flows.graph import View
 from storage.corpus import load_corpus
 from storage.store import Store, open_store
 from tasks import labeling
+from tasks.calibrating import dev_temperature
 from tasks.classifiers import StoredClassifier, load_classifier, read_description
 from tasks.devices import DeviceChoice, resolve_device
 from tasks.labeling import LabelingConfig, LabelingStopped
 from tasks.live_progress import LiveProgress
+from tasks.predicting import Cut
+from tasks.specifications import finished_result
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
 # Threads do not see SIGTERM or Ctrl-C: the flow's main thread tells them, and they stop between
@@ -39,6 +42,7 @@ def label_corpus(
     max_bad_samples: int = 0,
     label: str = "label",
     artifact: str = "label",
+    validation: str | None = None,
 ) -> Reference | State:
     """Label every shard of a corpus that the model has not labelled yet.
 
@@ -52,6 +56,8 @@ def label_corpus(
         max_bad_samples: undecodable images that a shard may hold.
         label: name of the stage in progress reports.
         artifact: key of the progress artifact.
+        validation: fingerprint of the model's validation on dev, whose temperature the top_k form
+            is calibrated by; the full form does not read it.
     """
     started = time.monotonic()
     opened = open_store(store)
@@ -59,7 +65,11 @@ def label_corpus(
     description = read_description(opened, model)
     class_names = class_names or list(description.class_names)
     labeler = labeling.labeler_fingerprint(
-        config, teacher=model, view=View.of(description).to_json(), class_names=class_names
+        config,
+        teacher=model,
+        view=View.of(description).to_json(),
+        class_names=class_names,
+        validation=validation,
     )
     specification = labeling.specify(labeler=labeler, corpus=corpus)
     there = reused(opened, specification)
@@ -77,6 +87,12 @@ def label_corpus(
         image_size=description.image_size,
         device=classifier.device,
     )
+    cut = None
+    if labeling.resolved_form(config, len(class_names)) == "top_k":
+        assert validation is not None, "refused above"
+        cut = Cut(
+            config.k, dev_temperature(opened, finished_result(opened, "validate", validation))
+        )
     progress = LiveProgress(label, "images", key=artifact)
     done = whole.num_samples - sum(shard.num_samples for shard in missing)
     progress.update(done, whole.num_samples)
@@ -93,6 +109,7 @@ def label_corpus(
                 config=config,
                 batch_size=batch_size,
                 max_bad_samples=max_bad_samples,
+                cut=cut,
                 progress=progress,
                 done_before=done,
                 total=whole.num_samples,
@@ -119,6 +136,7 @@ def label_group(
     config: LabelingConfig,
     batch_size: int,
     max_bad_samples: int,
+    cut: Cut | None,
     progress: LiveProgress,
     done_before: int,
     total: int,
@@ -136,6 +154,7 @@ def label_group(
         precision=config.precision,
         batch_size=batch_size,
         max_bad_samples=max_bad_samples,
+        cut=cut,
     ):
         done += num_samples
         rate = done / (time.monotonic() - started)

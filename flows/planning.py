@@ -14,12 +14,12 @@ from storage.manifest import read_provenance
 from storage.runs import UnknownRun
 from storage.store import Store
 from tasks.classifiers import read_description
-from tasks.labeling import shards_to_label
+from tasks.labeling import resolved_form, shards_to_label
 from tasks.specifications import Specification, read_result
 from tasks.training_orders import images_per_step
 
 PLAN_SCHEMA = 1
-_BYTES_PER_PREDICTION = 60  # key and scalar columns; 2 more a class
+_BYTES_PER_PREDICTION = 60  # key and scalar columns, without the probabilities
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Planner:
             assumed=assumed,
             is_begun=len(missing) < len(corpus.shards),
         )
-        row_bytes = _BYTES_PER_PREDICTION + 2 * len(self.pins.class_names)
+        row_bytes = _BYTES_PER_PREDICTION + self._probability_bytes()
         planned = _reading(planned, read_once(sum(shard.num_bytes for shard in missing)))
         return replace(
             planned,
@@ -202,6 +202,12 @@ class _Planner:
             shards=len(corpus.shards),
             estimated_bytes=num_missing * row_bytes,
         )
+
+    def _probability_bytes(self) -> int:
+        """Return the bytes of a row's probabilities: half floats, and ids where few are listed."""
+        labeling, num_classes = self.config.labeling, len(self.pins.class_names)
+        is_full = resolved_form(labeling, num_classes) == "full"
+        return 2 * num_classes if is_full else (2 + 4) * labeling.k
 
     def _stage(
         self,

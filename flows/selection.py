@@ -7,15 +7,14 @@ from prefect import flow, task
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from storage.addresses import evaluation_folder, labeling_folder
 from storage.corpus import load_corpus
-from storage.manifest import Manifest, read_manifest
-from storage.store import Store, open_store
+from storage.store import open_store
 from tasks import selection, selection_passes
 from tasks.progress import Progress, report
 from tasks.selection_config import SelectionConfig
 from tasks.selection_passes import plan_selection
 from tasks.selection_rows import SelectionInputs
+from tasks.specifications import finished_result
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
 _SHARDS_PER_TASK = 32
@@ -74,10 +73,10 @@ def select_pseudo_labels(
     there = reused(opened, specification)
     if there is not None:
         return there
-    labels = _finished(opened, labeling_folder(labeling), labeling)
+    labels = finished_result(opened, "label", labeling)
     dev = None
     if config.calibration != "none":
-        dev = _finished(opened, evaluation_folder(validation), validation)
+        dev = finished_result(opened, "validate", validation)
     inputs, facts = selection.calibrate(opened, specification, labels, dev, class_names=class_names)
     corpus = load_corpus(opened, inputs.corpus)
     stems = [shard.stem for shard in corpus.shards]
@@ -110,10 +109,3 @@ def select_pseudo_labels(
         seconds=time.monotonic() - started,
     )
     return reference(manifest)
-
-
-def _finished(store: Store, folder: str, fingerprint: str) -> Manifest:
-    manifest = read_manifest(store, folder, expect_fingerprint=fingerprint)
-    if manifest is None:
-        raise ValueError(f"{store.url_of(folder)} is not finished: run that stage first")
-    return manifest

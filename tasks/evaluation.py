@@ -204,7 +204,8 @@ def _predict_split(
         if label is None:
             raise ValueError(f"{key}: no .cls member, but dev and test splits must be labelled")
         truth.append(to_run[label])
-    return whole.to_predictions(truth), bad
+    predictions, _ = whole.to_predictions(truth)
+    return predictions, bad
 
 
 def _report(predictions: Predictions, class_names: tuple[str, ...]) -> dict[str, Any]:

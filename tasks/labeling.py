@@ -1,7 +1,7 @@
 """Label a corpus: one Parquet of predictions per shard, addressed by labeler and shard content."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
@@ -18,19 +18,29 @@ from storage.addresses import (
 )
 from storage.corpus import Corpus, Shard, load_corpus, load_locations, read_samples
 from storage.manifest import InputReference, Manifest, commit_manifest, create_record
-from storage.predictions import SCHEMA_VERSION as PREDICTIONS_SCHEMA
-from storage.predictions import UNKNOWN_LABEL, read_record, write_predictions
+from storage.predictions import (
+    SCHEMA_VERSION,
+    TOP_K_VERSION,
+    UNKNOWN_LABEL,
+    Form,
+    read_record,
+    write_predictions,
+)
 from storage.samples import in_shard_key, sample_key
 from storage.store import Store
 from tasks import provenance
 from tasks.classifiers import StoredClassifier
 from tasks.images import CONVERSION
-from tasks.predicting import predict_samples
+from tasks.predicting import Cut, predict_samples
 from tasks.shard_items import BadSampleBudget
 from tasks.specifications import Specification
 
 VERSION = 1
 LABELER_VERSION = 1
+
+MAX_FULL_CLASSES = 256
+"""With labeling.form=auto: above it, most of the full form's bytes would be of classes that no
+image is of."""
 
 _IMAGE_BYTES_PER_BATCH = 256 * 2**20
 
@@ -49,8 +59,19 @@ class LabelingConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="bf16: autocast of the forward pass; part of the address."
     )
-    form: Literal["full"] = Field(
-        default="full", description="full: the log-probability of every class is stored, as fp16."
+    form: Literal["full", "top_k", "auto"] = Field(
+        default="auto",
+        description="full: the log-probability of every class is stored, as fp16. top_k: those of"
+        " the k most probable classes and the mass of the rest, calibrated by the temperature of"
+        " the dev split, which is fitted before labelling. auto: full up to 256 classes, else"
+        " top_k.",
+        json_schema_extra={"fingerprint": "excluded"},  # what it comes to is in it
+    )
+    k: int = Field(
+        default=10,
+        ge=1,
+        description="Classes listed of each image where the form is top_k.",
+        json_schema_extra={"fingerprint": "excluded"},  # in it where the form is top_k
     )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
@@ -65,8 +86,29 @@ class LabelingConfig(BaseModel):
     )
 
 
+def resolved_form(config: LabelingConfig, num_classes: int) -> Form:
+    """Return the form in which predictions of so many classes are stored.
+
+    Raises: ValueError if there are fewer classes than are to be listed.
+    """
+    form = config.form
+    if form == "auto":
+        form = "full" if num_classes <= MAX_FULL_CLASSES else "top_k"
+    if form == "top_k" and config.k > num_classes:
+        raise ValueError(
+            f"labeling.k={config.k} with labeling.form={config.form}: there are {num_classes}"
+            " classes to list; lower it, or use form=full"
+        )
+    return form
+
+
 def labeler_fingerprint(
-    config: LabelingConfig, *, teacher: str, view: dict[str, Any], class_names: Iterable[str]
+    config: LabelingConfig,
+    *,
+    teacher: str,
+    view: dict[str, Any],
+    class_names: Sequence[str],
+    validation: str | None = None,
 ) -> str:
     """Return the address of everything that makes a prediction, save the image.
 
@@ -75,16 +117,30 @@ def labeler_fingerprint(
         teacher: fingerprint of the model.
         view: the clean view's image_size, crop_padding and interpolation.
         class_names: the label space in the run's order.
+        validation: fingerprint of the teacher's, whose temperature the top_k form is calibrated
+            by; the full form does not read it.
+    Raises: ValueError for the top_k form without a validation.
     """
     settings = {
         **settings_of(config),
+        "form": resolved_form(config, len(class_names)),
         "view": view,
         "class_names": list(class_names),
         "conversion": CONVERSION,
         "aggregation": "none",
-        "predictions_schema": PREDICTIONS_SCHEMA,
+        "predictions_schema": SCHEMA_VERSION,
     }
-    return fingerprint("labeler", LABELER_VERSION, settings, {"teacher": teacher})
+    inputs = {"teacher": teacher}
+    if settings["form"] == "top_k":
+        if validation is None:
+            raise ValueError(
+                f"labeling.form={config.form} with {len(class_names)} classes stores the top"
+                f" {config.k}, calibrated by the dev split, but no validation of the model is"
+                " given: name one, or use form=full"
+            )
+        settings |= {"k": config.k, "predictions_schema": TOP_K_VERSION}
+        inputs["validation"] = validation
+    return fingerprint("labeler", LABELER_VERSION, settings, inputs)
 
 
 def specify(*, labeler: str, corpus: str) -> Specification:
@@ -143,10 +199,12 @@ def label_shards(
     precision: Literal["fp32", "bf16"],
     batch_size: int,
     max_bad_samples: int,
+    cut: Cut | None = None,
 ) -> Iterator[int]:
     """Label shards one by one and yield the number of samples of each once it is committed.
 
-    Shards that are recorded already are passed over.
+    Shards that are recorded already are passed over. With `cut` the top_k form is stored, else the
+    full one.
 
     Raises: TooManyBadSamples, MissingShard, CorruptShard.
     """
@@ -168,12 +226,17 @@ def label_shards(
             budget=budget,
         )
         bad = {in_shard_key(key, stem): reason for key, reason in sorted(budget.reasons.items())}
+        predictions, prob_sums = predicted.to_predictions(
+            [truth.of(label) for label in predicted.labels], cut=cut
+        )
+        calibrated = {} if cut is None else {"temperature": cut.temperature}
         write_predictions(
             store,
             labeler,
             shard.digest,
-            predicted.to_predictions([truth.of(label) for label in predicted.labels]),
-            {"bad_samples": bad},
+            predictions,
+            {"bad_samples": bad, **calibrated},
+            prob_sums=prob_sums,
         )
         yield shard.num_samples
 

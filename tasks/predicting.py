@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from models.inference import log_probabilities
-from storage.predictions import Predictions
+from models.top_k_probs import cut_to_top_k
+from storage.predictions import Listed, Predictions
 from storage.samples import RawSample, in_shard_key
 from tasks.classifiers import StoredClassifier
 from tasks.images import BadImage, clean_view, decode_pixels
@@ -18,6 +19,13 @@ from tasks.shard_items import BadSampleBudget
 
 _DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
+
+
+class Cut(NamedTuple):
+    """How whole distributions become the top_k form."""
+
+    k: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,37 @@ class Predicted:
     log_probs: NDArray[np.float32]
     logsumexp: NDArray[np.float32]
 
-    def to_predictions(self, true_labels: Sequence[int]) -> Predictions:
-        """Return the stored form; `true_labels` are in the run's class order, -1 unknown."""
+    def to_predictions(
+        self, true_labels: Sequence[int], *, cut: Cut | None = None
+    ) -> tuple[Predictions, NDArray[np.int64] | None]:
+        """Return what is stored, and the exact sum of the whole distributions where they are cut.
+
+        Args:
+            true_labels: in the run's class order, -1 unknown.
+            cut: to the top_k form; None for the full form.
+        """
+        truth = np.asarray(true_labels, dtype=np.int32)
+        if cut is None:
+            return self._in_full(truth), None
+        rows = cut_to_top_k(self.log_probs, temperature=cut.temperature, k=cut.k)
+        predictions = Predictions(
+            keys=self.keys,
+            label=rows.class_ids[:, 0].astype(np.uint32),
+            confidence=rows.confidences.astype(np.float32),
+            margin=rows.margins.astype(np.float32),
+            entropy=rows.entropies.astype(np.float32),
+            log_probs=rows.log_probs.astype(np.float16),
+            logsumexp=self.logsumexp,
+            true_label=truth,
+            listed=Listed(
+                rows.class_ids.astype(np.uint32),
+                rows.rest_mass.astype(np.float32),
+                self.log_probs.shape[1],
+            ),
+        )
+        return predictions, rows.sums
+
+    def _in_full(self, true_label: NDArray[np.int32]) -> Predictions:
         probs = np.exp(self.log_probs)
         top_two = np.partition(probs, -2, axis=1)[:, -2:]  # (N, C) -> (N, 2), ascending
         return Predictions(
@@ -48,7 +85,7 @@ class Predicted:
             entropy=np.maximum(-(probs * self.log_probs).sum(axis=1), 0),
             log_probs=self.log_probs.astype(np.float16),
             logsumexp=self.logsumexp,
-            true_label=np.asarray(true_labels, dtype=np.int32),
+            true_label=true_label,
         )
 
 

@@ -60,3 +60,15 @@ def folder_of(kind: str, fingerprint: str) -> str:
 def read_result(store: Store, kind: str, fingerprint: str) -> Manifest | None:
     """Return the committed result of a stage, verified, or None where there is none yet."""
     return read_manifest(store, folder_of(kind, fingerprint), expect_fingerprint=fingerprint)
+
+
+def finished_result(store: Store, kind: str, fingerprint: str) -> Manifest:
+    """Return the committed result of a stage that must be there.
+
+    Raises: ValueError if the stage is not finished.
+    """
+    manifest = read_result(store, kind, fingerprint)
+    if manifest is None:
+        folder = store.url_of(folder_of(kind, fingerprint))
+        raise ValueError(f"{folder} is not finished: run that stage first")
+    return manifest

@@ -76,7 +76,7 @@ def test_one_bad_image_too_many_stops_with_shard_and_key(samples, classifier):
 def test_a_shard_without_decodable_images_gives_no_rows(samples, classifier, count):
     predicted, _ = predict(broken(samples[:count], range(count)), classifier, limit=3)
     assert predicted.keys == ()
-    stored = predicted.to_predictions([])
+    stored, _ = predicted.to_predictions([])
     assert stored.num_samples == 0
     assert stored.num_classes == 3
     assert stored.confidence.shape == (0,)
@@ -87,7 +87,7 @@ def test_the_stored_form_has_confidence_margin_and_entropy_of_the_full_vector():
     predicted = Predicted(
         ("a", "b"), (None, 2), np.log(probs), np.array([1.5, -2.0], dtype=np.float32)
     )
-    stored = predicted.to_predictions([-1, 2])
+    stored, _ = predicted.to_predictions([-1, 2])
     assert stored.keys == ("a", "b")
     assert stored.label.tolist() == [0, 2]
     np.testing.assert_allclose(stored.confidence, [0.5, 0.75], rtol=1e-6)
