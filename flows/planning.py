@@ -7,7 +7,7 @@ from typing import Any
 from flows.config import SelfTrainingConfig
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
-from flows.reading_costs import ReadBytes, ReadingCosts, read_once, stream_reads
+from flows.reading_costs import ReadBytes, ReadingCosts, SelectedItems, read_once, stream_reads
 from storage.checkpoints import newest_checkpoint
 from storage.corpus import Corpus, load_corpus
 from storage.manifest import read_provenance
@@ -15,6 +15,7 @@ from storage.runs import UnknownRun
 from storage.store import Store
 from tasks.classifiers import read_description
 from tasks.labeling import resolved_form, shards_to_label
+from tasks.shard_openers import bytes_of_targets
 from tasks.specifications import Specification, read_result
 from tasks.training_orders import images_per_step
 
@@ -165,7 +166,7 @@ class _Planner:
                     steps=steps - (0 if begun is None else begun.step),
                     labeled=labeled,
                     unlabeled=self._unlabeled_of(specification),
-                    num_selected=self._num_selected(specification),
+                    selected=self._selected(specification),
                 )
                 planned = _reading(planned, self.costs.of_training(reads))
             found.append(replace(planned, part=specification.settings["role"]))
@@ -176,12 +177,15 @@ class _Planner:
             return None
         return load_corpus(self.store, self.graph.unlabeled)
 
-    def _num_selected(self, training: Specification) -> int | None:
+    def _selected(self, training: Specification) -> SelectedItems | None:
         fingerprint = training.inputs.get("selection")
         if fingerprint is None:
             return None
         selection = read_result(self.store, "select", fingerprint)
-        return None if selection is None else sum(selection.counts["items"].values())
+        if selection is None:
+            return None
+        of_targets = bytes_of_targets(selection, len(self.pins.class_names))
+        return SelectedItems(sum(selection.counts["items"].values()), sum(of_targets.values()))
 
     def _label(self, teacher: ModelRef, round_index: int, *, assumed: bool) -> PlannedStage:
         corpus = load_corpus(self.store, self.graph.unlabeled)

@@ -7,7 +7,7 @@ from models.objectives import build_objective
 from models.training import TrainingConfig
 from storage.corpus import Corpus
 from tasks.batches import CACHE_BYTES
-from tasks.stream_sources import stays_decoded
+from tasks.stream_sources import BYTES_PER_LABEL, stays_decoded
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,14 @@ class StreamReads:
 
     corpus: Corpus
     passes: float
+
+
+@dataclass(frozen=True)
+class SelectedItems:
+    """What a selection gives an epoch: items, copies counted, and the bytes of their targets."""
+
+    num_items: int
+    target_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def stream_reads(
     steps: int,
     labeled: Corpus,
     unlabeled: Corpus | None,
-    num_selected: int | None,
+    selected: SelectedItems | None,
 ) -> list[StreamReads]:
     """Return what a training of so many steps reads of each corpus.
 
@@ -86,19 +94,26 @@ def stream_reads(
         steps: still to do.
         labeled: the labelled corpus.
         unlabeled: the unlabelled one, where it is read.
-        num_selected: pseudo-labelled items of an epoch, copies counted; None: not known yet, and
-            taken to be every image once.
+        selected: pseudo-labelled items of an epoch; None: not known yet, and taken to be every
+            image once, with targets of no size.
     """
     found: list[StreamReads] = []
     for stream in build_objective(config.objective).streams(config):
         corpus, num_items = labeled, labeled.num_samples
+        target_bytes = BYTES_PER_LABEL * num_items
         if stream.role != "labeled":
             assert unlabeled is not None, "an objective that reads it is given it"
-            corpus, num_items = unlabeled, unlabeled.num_samples
-            if stream.with_selection and num_selected is not None:
-                num_items = num_selected
+            corpus, num_items, target_bytes = unlabeled, unlabeled.num_samples, 0
+            if stream.with_selection and selected is not None:
+                num_items, target_bytes = selected.num_items, selected.target_bytes
         passes = steps * stream.samples_per_step / num_items
-        if stays_decoded(config, num_items, corpus.num_bytes, CACHE_BYTES):
+        if stays_decoded(
+            config,
+            num_items,
+            shard_bytes=corpus.num_bytes,
+            target_bytes=target_bytes,
+            decoded_bytes=CACHE_BYTES,
+        ):
             passes = min(1.0, passes)
         found.append(StreamReads(corpus, passes))
     return found

@@ -129,6 +129,12 @@ class Selection:
         """N."""
         return len(self.keys)
 
+    @property
+    def num_listed(self) -> int:
+        """Probabilities that the targets of all copies list; a hard target lists one."""
+        listed = np.maximum(np.diff(self.target_offsets), 1)
+        return int((listed * self.copies).sum())
+
     def dense_targets(self, num_classes: int) -> NDArray[np.float32]:
         """Return (N, C) probabilities, rows summing to 1, for hard and soft targets alike.
 

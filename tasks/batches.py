@@ -21,10 +21,12 @@ from tasks.reading_ahead import Position, ReadAhead
 from tasks.sample_order import OPEN_SHARDS
 from tasks.sample_stream import SamplesRead
 from tasks.shard_items import BadSampleBudget, Targets
+from tasks.sparse_targets import SparseTargets
 from tasks.stream_sources import Source, SourceMaker, TrainingData, check_room
+from tasks.waiting_batches import WaitingBatch, WaitingTargets
 
 CACHE_BYTES = 4 * 2**30
-"""Pixels of a stream, its files included, that are held decoded; above it, shards are opened again.
+"""Of a stream's pixels, files and targets that are held decoded; above it, shards are opened again.
 
 As much again may be held by the open shards of all streams together.
 """
@@ -52,7 +54,7 @@ class TrainingBatches:
 
     View 0 of every stream has the stage's noise stream and each further view one of its own, so
     that a second view changes nothing of the first. A thread makes the next parts while the
-    current one is used.
+    current one is used. Targets stay sparse until a part is taken: dense ones of one part at most.
 
     Args:
         store: holds the corpora's locations, the selection and nothing of the images.
@@ -135,7 +137,7 @@ class TrainingBatches:
                     f"{num_parts} equal parts: change batch_size, accumulation_steps or the number "
                     "of processes"
                 )
-        return self._ahead.get(Position(step, part, num_parts))
+        return self._ahead.get(Position(step, part, num_parts)).batch()
 
     def bad_samples(self) -> dict[str, str]:
         """Return key -> reason of the images that could not be decoded so far."""
@@ -164,7 +166,7 @@ class TrainingBatches:
     def _view_stream(self, view: int) -> int:
         return self._noise_stream if view == 0 else derive_seed(self._noise_stream, "view", view)
 
-    def _made(self, position: Position) -> Batch:
+    def _made(self, position: Position) -> WaitingBatch:
         return self._assembled([self._read(source, position) for source in self._sources])
 
     def _read(self, source: Source, position: Position) -> SamplesRead:
@@ -172,7 +174,7 @@ class TrainingBatches:
         share = count // position.num_parts
         return source.samples.read(position.step * count + position.part * share, share)
 
-    def _assembled(self, reads: list[SamplesRead]) -> Batch:
+    def _assembled(self, reads: list[SamplesRead]) -> WaitingBatch:
         roles = [source.declared.role for source in self._sources]
         noised = self._noised(reads)
         labels = torch.zeros(0, dtype=torch.int64)
@@ -190,15 +192,19 @@ class TrainingBatches:
             else:
                 pseudo = read.targets
         with_targets = [number for number, role in enumerate(roles) if role != "unlabeled"]
-        return Batch(
+        return WaitingBatch(
             _joined(noised, with_targets),
             self._on_device(labels),
-            pseudo_targets=self._given(pseudo.probs),
+            pseudo_targets=None if pseudo.probs is None else self._waiting(pseudo.probs),
             pseudo_weights=self._given(pseudo.weights),
             pseudo_is_hard=pseudo.probs is not None and self.targets_are_hard,
             pseudo_confidences=self._given(pseudo.confidences),
             views=views,
         )
+
+    def _waiting(self, targets: SparseTargets) -> WaitingTargets:
+        listed = (self._on_device(torch.from_numpy(values)) for values in targets.normalized())
+        return WaitingTargets(*listed, num_classes=targets.num_classes)
 
     def _given(self, values: np.ndarray | None) -> Tensor | None:
         return None if values is None else self._on_device(torch.from_numpy(values))

@@ -56,7 +56,7 @@ class CachedSamples:
         self._found = np.full(n, _UNKNOWN, np.int64)  # item -> the item in its place
         self._row_of = np.empty(n, np.int64)
         self._key_hashes, self._copies = np.empty(n, np.int64), np.empty(n, np.int64)
-        self._targets: Targets | None = None
+        self._targets: dict[int, Targets] = {}  # of every shard that was opened
 
     def read(self, start: int, count: int) -> SamplesRead:
         """Return the samples at positions start .. start + count."""
@@ -68,14 +68,23 @@ class CachedSamples:
         size = self._config.image_size
         pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
         torch.index_select(self._pixels, 0, torch.from_numpy(self._row_of[found]), out=pixels)
-        assert self._targets is not None
         return SamplesRead(
             (pixels,) * self._num_views,
             self._key_hashes[found],
             self._copies[found],
             epochs,
-            self._targets.take(found),
+            self._targets_of(found),
         )
+
+    def _targets_of(self, found: NDArray[np.int64]) -> Targets:
+        shards = np.searchsorted(self._starts, found, side="right") - 1
+        parts: list[Targets] = []
+        places: list[NDArray[np.int64]] = []
+        for shard in np.unique(shards).tolist():
+            place = np.flatnonzero(shards == shard)
+            parts.append(self._targets[shard].take(found[place] - self._starts[shard]))
+            places.append(place)
+        return Targets.in_places(parts, places)
 
     def close(self) -> None:
         """There is nothing to let go of."""
@@ -130,16 +139,7 @@ class CachedSamples:
         self._row_of[start:end] = start + _first_item_of(opened.sample_of)
         self._key_hashes[start:end] = opened.key_hashes
         self._copies[start:end] = opened.copies
-        if self._targets is None:
-            n = self._order.num_items
-            self._targets = Targets(
-                **{
-                    name: np.empty((n, *values.shape[1:]), values.dtype)
-                    for name, values in opened.targets.present().items()
-                }
-            )
-        for name, values in opened.targets.present().items():
-            self._targets.present()[name][start:end] = values
+        self._targets[shard] = opened.targets
 
 
 def _first_item_of(sample_of: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ from storage.samples import RawSample, in_shard_key, sample_key
 from storage.shard_cache import ShardCache
 from storage.store import Store
 from tasks.batches import CACHE_BYTES
-from tasks.shard_openers import ShardReader, read_chosen
+from tasks.shard_openers import ShardReader, bytes_of_targets, read_chosen
 from tasks.specifications import Specification, read_result
 from tasks.training_orders import TrainingOrder
 
@@ -121,7 +121,9 @@ def materialize_if_useful(store: Store, order: TrainingOrder) -> Manifest | None
 def _is_useful(store: Store, order: TrainingOrder, selection: Manifest, labeling: Manifest) -> bool:
     num_bytes = load_corpus(store, labeling.inputs["corpus"].fingerprint).num_bytes
     cache, config = order.loading.cache, order.config
-    if num_bytes <= CACHE_BYTES or (cache is not None and num_bytes <= cache.max_bytes):
+    num_classes = len(order.specification.settings["class_names"])
+    own_bytes = num_bytes + sum(bytes_of_targets(selection, num_classes).values())
+    if own_bytes <= CACHE_BYTES or (cache is not None and num_bytes <= cache.max_bytes):
         return False
     labeled = load_corpus(store, order.specification.inputs["labeled"])
     steps = config.duration.to_steps(config.batch_size, labeled.num_samples)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from tasks.shard_items import OpenShard, ShardItems
+from tasks.shard_items import HeldBytes, OpenShard, ShardItems
 
 ShardKey = tuple[str, int]
 """A stream's name and the index of one of its shards."""
@@ -17,7 +17,8 @@ class ShardMemory:
     """What all streams of a training hold open: the least recently read is closed first.
 
     Attributes:
-        max_bytes: of the process's own memory; the shard that is being read may exceed it alone.
+        max_bytes: of the process's own memory, targets included; the shard that is being read may
+            exceed it alone.
         max_mapped_bytes: of the node's cache, whose files in use cannot make room for others.
         max_shards: open at a time, whatever they hold.
     """
@@ -28,39 +29,38 @@ class ShardMemory:
     opened: OrderedDict[ShardKey, ShardItems] = field(default_factory=OrderedDict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def limit(self, *, is_mapped: bool) -> int:
-        """Return the bytes that all mapped shards, or all others, may have together."""
-        return self.max_mapped_bytes if is_mapped else self.max_bytes
+    def can_hold(self, held: Sequence[HeldBytes]) -> bool:
+        """Return whether the limits allow shards of these sizes to be open together."""
+        fits = (
+            sum(one.own for one in held) <= self.max_bytes
+            and sum(one.mapped for one in held) <= self.max_mapped_bytes
+        )
+        return fits and len(held) <= self.max_shards
 
-    def has_room_for(self, num_bytes: int, *, is_mapped: bool) -> bool:
+    def has_room_for(self, held: HeldBytes) -> bool:
         """Return whether a shard of this size can be opened without closing another."""
         with self.lock:
-            alike = (shard for shard in self.opened.values() if shard.is_mapped == is_mapped)
-            taken = sum(shard.num_bytes for shard in alike)
-            fits = taken + num_bytes <= self.limit(is_mapped=is_mapped)
-            return fits and len(self.opened) < self.max_shards
+            return self.can_hold([*(shard.held for shard in self.opened.values()), held])
 
-    def make_room_for(self, num_bytes: int, *, is_mapped: bool) -> None:
+    def make_room_for(self, held: HeldBytes) -> None:
         """Close shards until one of this size fits, or none is open."""
         with self.lock:
-            while self.opened and not self.has_room_for(num_bytes, is_mapped=is_mapped):
+            while self.opened and not self.has_room_for(held):
                 self.opened.popitem(last=False)
 
-    def make_room_by_closing(
-        self, keys: Sequence[ShardKey], num_bytes: int, *, is_mapped: bool
-    ) -> bool:
+    def make_room_by_closing(self, keys: Sequence[ShardKey], held: HeldBytes) -> bool:
         """Close shards of these only, in their order, until one of this size fits, if it can."""
         with self.lock:
             for key in keys:
-                if self.has_room_for(num_bytes, is_mapped=is_mapped):
+                if self.has_room_for(held):
                     break
                 del self.opened[key]
-            return self.has_room_for(num_bytes, is_mapped=is_mapped)
+            return self.has_room_for(held)
 
     def add(self, key: ShardKey, shard: ShardItems) -> None:
         """Keep a shard open, closing others for it."""
         with self.lock:
-            self.make_room_for(shard.num_bytes, is_mapped=shard.is_mapped)
+            self.make_room_for(shard.held)
             self.opened[key] = shard
 
 
@@ -71,8 +71,7 @@ class OpenShards:
         memory: shared.
         name: of the stream.
         open_shard: reads a shard; called from a thread of its own for those read ahead.
-        shard_bytes: by index, the most that an open shard can hold.
-        is_mapped: whether shards are opened out of a cache.
+        held: by index, the most that an open shard can hold.
     """
 
     def __init__(
@@ -80,15 +79,12 @@ class OpenShards:
         memory: ShardMemory,
         name: str,
         open_shard: OpenShard,
-        shard_bytes: list[int],
-        *,
-        is_mapped: bool,
+        held: Sequence[HeldBytes],
     ) -> None:
         self._memory = memory
         self._name = name
         self._open_shard = open_shard
-        self._shard_bytes = shard_bytes
-        self._is_mapped = is_mapped
+        self._held = held
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"open-{name}")
         self._coming: dict[int, Future[ShardItems]] = {}
 
@@ -101,7 +97,7 @@ class OpenShards:
                 opened.move_to_end((self._name, index))
                 return opened[self._name, index]
             if coming is None:
-                self._memory.make_room_for(self._shard_bytes[index], is_mapped=self._is_mapped)
+                self._memory.make_room_for(self._held[index])
         shard = coming.result() if coming is not None else self._open_shard(index)
         self._memory.add((self._name, index), shard)
         return shard
@@ -109,13 +105,10 @@ class OpenShards:
     def fitting_groups(self, indices: list[int]) -> list[list[int]]:
         """Split shards into groups that can be open together; one shard is a group at least."""
         groups: list[list[int]] = [[]]
-        taken, limit = 0, self._memory.limit(is_mapped=self._is_mapped)
         for index in indices:
-            taken += self._shard_bytes[index]
-            is_full = taken > limit or len(groups[-1]) >= self._memory.max_shards
-            if groups[-1] and is_full:
+            together = [self._held[one] for one in (*groups[-1], index)]
+            if groups[-1] and not self._memory.can_hold(together):
                 groups.append([])
-                taken = self._shard_bytes[index]
             groups[-1].append(index)
         return groups
 
@@ -138,8 +131,7 @@ class OpenShards:
                     for name, one in self._memory.opened
                     if name == self._name and one not in wanted
                 ]
-                needed = self._shard_bytes[index]
-                if self._memory.make_room_by_closing(done, needed, is_mapped=self._is_mapped):
+                if self._memory.make_room_by_closing(done, self._held[index]):
                     self._coming[index] = self._reader.submit(self._open_shard, index)
                 return
 

@@ -132,9 +132,8 @@ class StreamedSamples:
                 targets.append(shard.targets.take(found[own]))
         end = start + count
         self.shards.open_ahead(self._order.next_shards(end), in_use=self._order.shards_at(end))
-        back = np.argsort(np.concatenate(places), kind="stable")
-        joined = Targets.joined(targets).take(back)
-        return SamplesRead(tuple(pixels * self._repeats), hashes, copies, epochs, joined)
+        found_targets = Targets.in_places(targets, places)
+        return SamplesRead(tuple(pixels * self._repeats), hashes, copies, epochs, found_targets)
 
     def _decoded(self, wanted: list["_Wanted"]) -> list[tuple[int, list[Pixels]]]:
         """Return the item found in the place of each, and its views."""

@@ -157,6 +157,7 @@ def write_selections(
             "stem": stem,
             "object": asdict(stored),
             "counts": counts.to_json(),
+            "listed_targets": selection.num_listed,
         }
         create_record(store, _record_path(specification, digest), body)
         num_written += 1
@@ -218,6 +219,12 @@ def finish(
             "unique": summary["unique"],
             "samples": summary["samples"],
             "items": {record["stem"]: c.items for record, c in zip(records, counts, strict=True)},
+            # Shards that were written before this was counted have none.
+            "listed_targets": {
+                record["stem"]: record["listed_targets"]
+                for record in records
+                if "listed_targets" in record
+            },
         },
     )
     provenance.record(store, specification.folder, seconds=seconds, device=None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from tasks.images import (
     random_resized_view,
     upright_size,
 )
+from tasks.sparse_targets import SparseTargets
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -54,30 +56,60 @@ class Targets:
 
     Attributes:
         labels: (n,) int64 class ids; None for pseudo-labelled items.
-        probs: (n, C) float32, rows sum to 1, one-hot where hard; None for labelled items.
+        probs: n distributions over C classes, those that matter listed; None for labelled items.
         weights: (n,) float32 beside `probs`.
         confidences: (n,) float32 beside `probs`, the labeller's; None where nothing reads it.
     """
 
     labels: NDArray[np.int64] | None = None
-    probs: NDArray[np.float32] | None = None
+    probs: SparseTargets | None = None
     weights: NDArray[np.float32] | None = None
     confidences: NDArray[np.float32] | None = None
 
     def take(self, rows: NDArray[np.int64]) -> "Targets":
         """Return the targets of some rows, in their order."""
-        return Targets(**{name: values[rows] for name, values in self.present().items()})
+        return Targets(**{name: _taken(values, rows) for name, values in self._present().items()})
 
-    def present(self) -> dict[str, NDArray]:
-        """Return the fields that are not None."""
+    @property
+    def num_bytes(self) -> int:
+        """What the arrays hold."""
+        return sum(
+            values.num_bytes if isinstance(values, SparseTargets) else values.nbytes
+            for values in self._present().values()
+        )
+
+    def _present(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     @staticmethod
-    def joined(parts: Sequence["Targets"]) -> "Targets":
-        """Put several targets of one kind behind each other."""
-        names = parts[0].present()
-        return Targets(**{n: np.concatenate([p.present()[n] for p in parts]) for n in names})
+    def in_places(parts: Sequence["Targets"], places: Sequence[NDArray[np.int64]]) -> "Targets":
+        """Put targets of one kind together.
+
+        Args:
+            parts: at least one.
+            places: of the targets of each part in the result; all of them are 0 .. n - 1.
+        """
+        names = parts[0]._present()
+        joined = Targets(**{n: _joined([p._present()[n] for p in parts]) for n in names})
+        return joined.take(np.argsort(np.concatenate(places), kind="stable"))
+
+
+def _taken(values: Any, rows: NDArray[np.int64]) -> Any:
+    return values.take(rows) if isinstance(values, SparseTargets) else values[rows]
+
+
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], SparseTargets):
+        return SparseTargets.joined(parts)
+    return np.concatenate(parts)
+
+
+class HeldBytes(NamedTuple):
+    """What an open shard takes: of the process's own memory, and of the node's cache."""
+
+    own: int
+    mapped: int
 
 
 @dataclass
@@ -97,6 +129,12 @@ class ShardItems:
     num_bytes: int = 0
     """What the images hold: of the process's memory or, where mapped, of the node's cache."""
     is_mapped: bool = False
+
+    @property
+    def held(self) -> HeldBytes:
+        """What the images and their targets hold; targets are never mapped."""
+        images = HeldBytes(0, self.num_bytes) if self.is_mapped else HeldBytes(self.num_bytes, 0)
+        return HeldBytes(images.own + self.targets.num_bytes, images.mapped)
 
     def in_memory(self) -> "ShardItems":
         """Return the same items with images that keep no file of the cache in use."""

@@ -16,6 +16,7 @@ from storage.selections import Selection, from_parquet
 from storage.shard_cache import CacheTooSmall, ShardCache
 from storage.store import Store
 from tasks.shard_items import BadSampleBudget, OpenShard, ShardItems, Targets
+from tasks.sparse_targets import SparseTargets, target_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -159,6 +160,28 @@ class SelectedData:
         sizes = {stored.name: stored.size for stored in self.compact.objects}
         return [sizes.get(shard.digest, 0) for shard in corpus.shards]
 
+    def target_bytes(self, corpus: Corpus) -> list[int]:
+        """Return the bytes of the targets of each shard's items, at the most."""
+        found = bytes_of_targets(self.selection, self.num_classes)
+        return [found[shard.stem] for shard in corpus.shards]
+
+
+def bytes_of_targets(selection: Manifest, num_classes: int) -> dict[str, int]:
+    """Return by stem what the targets of a selection's items hold in memory, at the most.
+
+    A selection that was made before its listed probabilities were counted is taken to list all.
+    """
+    is_hard = selection.settings["selection"]["target"] == "hard"
+    listed = selection.counts.get("listed_targets", {})
+    return {
+        stem: target_bytes(
+            num_items=items,
+            num_listed=listed.get(stem, items * (1 if is_hard else num_classes)),
+            num_classes=num_classes,
+        )
+        for stem, items in selection.counts["items"].items()
+    }
+
 
 def read_chosen(store: Store, selection: Manifest, labeling: Manifest, shard: Shard) -> Selection:
     """Return the selection of one shard."""
@@ -202,7 +225,7 @@ def selected_opener(reader: ShardReader, data: SelectedData, budget_of: BudgetOf
             copies=np.concatenate([np.arange(n) for n in copies] or [np.zeros(0, np.int64)]),
             key_hashes=hash_keys([s.key for s in samples]).view(np.int64)[sample_of],
             targets=Targets(
-                probs=chosen.dense_targets(data.num_classes)[kept][sample_of],
+                probs=SparseTargets.of(chosen, kept[sample_of], data.num_classes),
                 weights=chosen.weight[kept][sample_of],
                 confidences=None if confidences is None else confidences[sample_of],
             ),

@@ -20,7 +20,7 @@ from tasks.cached_samples import CachedSamples
 from tasks.open_shards import OpenShards, ShardMemory
 from tasks.sample_order import OPEN_SHARDS, SampleOrder
 from tasks.sample_stream import SampleStream, StreamedSamples
-from tasks.shard_items import BadSampleBudget, OpenShard
+from tasks.shard_items import BadSampleBudget, HeldBytes, OpenShard
 from tasks.shard_openers import (
     SelectedData,
     ShardReader,
@@ -30,6 +30,9 @@ from tasks.shard_openers import (
 )
 
 _log = logging.getLogger(__name__)
+
+BYTES_PER_LABEL = 8
+"""Of a labelled item's target in memory."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Source:
     samples: SampleStream
     is_cached: bool
     shard_bytes: list[int]
-    """Of every shard that it reads."""
+    """Of the files of every shard that it reads."""
+    held: list[HeldBytes]
+    """By every shard while it is open, at the most."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,15 @@ class _Shards:
     name: str
     items: list[int]
     num_bytes: list[int]
+    target_bytes: list[int]
     open_shard: OpenShard
+
+    def held(self, *, is_mapped: bool) -> list[HeldBytes]:
+        """Return what each may hold while it is open."""
+        if is_mapped:
+            return [HeldBytes(*one) for one in zip(self.target_bytes, self.num_bytes, strict=True)]
+        both = zip(self.num_bytes, self.target_bytes, strict=True)
+        return [HeldBytes(files + targets, 0) for files, targets in both]
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,15 @@ class SourceMaker:
         """
         shards, config = self._shards(declared), self.config
         order = SampleOrder(shards.items, derive_seed(self.stage_stream, "order", shards.name))
+        held = shards.held(is_mapped=self.cache is not None)
         pin_memory = self.device.type == "cuda"
-        if stays_decoded(config, order.num_items, sum(shards.num_bytes), self.decoded_bytes):
+        if stays_decoded(
+            config,
+            order.num_items,
+            shard_bytes=sum(shards.num_bytes),
+            target_bytes=sum(shards.target_bytes),
+            decoded_bytes=self.decoded_bytes,
+        ):
             samples = CachedSamples(
                 order,
                 shards.open_shard,
@@ -119,14 +139,8 @@ class SourceMaker:
                 decoders=self.decoders,
                 pin_memory=pin_memory,
             )
-            return Source(declared, samples, True, shards.num_bytes)
-        opened = OpenShards(
-            self.memory,
-            shards.name,
-            shards.open_shard,
-            shards.num_bytes,
-            is_mapped=self.cache is not None,
-        )
+            return Source(declared, samples, True, shards.num_bytes, held)
+        opened = OpenShards(self.memory, shards.name, shards.open_shard, held)
         samples = StreamedSamples(
             order,
             opened,
@@ -137,7 +151,7 @@ class SourceMaker:
             decoders=self.decoders,
             pin_memory=pin_memory,
         )
-        return Source(declared, samples, False, shards.num_bytes)
+        return Source(declared, samples, False, shards.num_bytes, held)
 
     def _shards(self, declared: Stream) -> _Shards:
         data, kind = self.data, self.config.objective.kind
@@ -160,7 +174,8 @@ class SourceMaker:
             reader = ShardReader.of(data.store, corpus, self.cache)
             opener = selected_opener(reader, selected, partial(self.budget_of, "pseudo"))
             items = [counts[shard.stem] for shard in corpus.shards]
-            return _Shards("pseudo", items, selected.shard_bytes(corpus), opener)
+            num_bytes, of_targets = selected.shard_bytes(corpus), selected.target_bytes(corpus)
+            return _Shards("pseudo", items, num_bytes, of_targets, opener)
         budget = partial(self.budget_of, declared.role)
         if declared.role == "labeled":
             corpus = load_corpus(data.store, data.labeled)
@@ -175,7 +190,14 @@ class SourceMaker:
             corpus = load_corpus(data.store, data.unlabeled)
             opener = unlabeled_opener(ShardReader.of(data.store, corpus, self.cache), budget)
         items = [shard.num_samples for shard in corpus.shards]
-        return _Shards(declared.role, items, [s.num_bytes for s in corpus.shards], opener)
+        per_item = BYTES_PER_LABEL if declared.role == "labeled" else 0
+        return _Shards(
+            declared.role,
+            items,
+            [shard.num_bytes for shard in corpus.shards],
+            [per_item * count for count in items],
+            opener,
+        )
 
     @property
     def _reads_confidences(self) -> bool:
@@ -184,7 +206,12 @@ class SourceMaker:
 
 
 def stays_decoded(
-    config: TrainingConfig, num_items: int, shard_bytes: int, decoded_bytes: int
+    config: TrainingConfig,
+    num_items: int,
+    *,
+    shard_bytes: int,
+    target_bytes: int,
+    decoded_bytes: int,
 ) -> bool:
     """Return whether a stream is read once and kept decoded, or read anew in every epoch.
 
@@ -192,9 +219,10 @@ def stays_decoded(
         config: of the training.
         num_items: of an epoch.
         shard_bytes: of all its shards; an open one holds its files beside the pixels.
+        target_bytes: of all its items.
         decoded_bytes: largest stream that is kept.
     """
-    num_bytes = num_items * config.image_size**2 * 3 + shard_bytes
+    num_bytes = num_items * config.image_size**2 * 3 + shard_bytes + target_bytes
     return num_bytes <= decoded_bytes and not _crops_when_decoding(config)
 
 
@@ -211,7 +239,7 @@ def check_room(sources: Sequence[Source], memory: ShardMemory, cache: CacheConfi
         refuse_cache_without_room(cache, [source.shard_bytes for source in sources])
         return
     streamed = [source for source in sources if not source.is_cached]
-    open_bytes = sum(_window_bytes(source.shard_bytes) for source in streamed)
+    open_bytes = sum(_window_bytes([one.own for one in source.held]) for source in streamed)
     if open_bytes > memory.max_bytes:
         _log.warning(
             "the shards that are read at a time may have %d bytes, but %d may be held in memory:"

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from flows.reading_costs import ReadBytes, ReadingCosts, StreamReads, stream_reads
+from flows.reading_costs import (
+    ReadBytes,
+    ReadingCosts,
+    SelectedItems,
+    StreamReads,
+    stream_reads,
+)
 from models.noise import NoiseConfig, RandomResizedConfig
 from models.objectives import FixMatchConfig, JointConfig
 from storage.corpus import Corpus, Shard
@@ -23,12 +29,10 @@ def corpus(name: str, num_shards: int, num_bytes: int) -> Corpus:
 LABELED, UNLABELED = corpus("l", 2, 1_000), corpus("u", 10, 5_000)
 
 
-def reads(lab: Any, *, num_selected: int | None = None, **changes: Any) -> list[float]:
+def reads(lab: Any, *, selected: SelectedItems | None = None, **changes: Any) -> list[float]:
     """Passes of a training of 100 steps, 20 labelled images a step and twice as many others."""
     config = lab.config(**{"batch_size": 20, "unlabeled_ratio": 2} | changes)
-    found = stream_reads(
-        config, steps=100, labeled=LABELED, unlabeled=UNLABELED, num_selected=num_selected
-    )
+    found = stream_reads(config, steps=100, labeled=LABELED, unlabeled=UNLABELED, selected=selected)
     return [read.passes for read in found]
 
 
@@ -42,12 +46,17 @@ STREAMED = {"noise": NoiseConfig(crop=RandomResizedConfig())}
         # 100 steps of 20 images are 10 passes over 200; 4,000 are 4 over 1,000.
         (STREAMED, [10.0, 4.0]),
         # 500 selected items: 8 passes, each over all shards.
-        (STREAMED | {"num_selected": 500}, [10.0, 8.0]),
+        (STREAMED | {"selected": SelectedItems(500, 0)}, [10.0, 8.0]),
         # What stays decoded in memory is read once.
         ({}, [1.0, 1.0]),
         (STREAMED | {"objective": JointConfig(labeled_images=False)}, [4.0]),
+        # Targets of 8 GiB do not stay in memory, though 500 images would.
+        ({"selected": SelectedItems(500, 2**33)}, [1.0, 8.0]),
         # A selection is nothing to an online objective.
-        (STREAMED | {"objective": FixMatchConfig(), "num_selected": 500}, [10.0, 4.0]),
+        (
+            STREAMED | {"objective": FixMatchConfig(), "selected": SelectedItems(500, 0)},
+            [10.0, 4.0],
+        ),
     ],
 )
 def test_passes_over_a_corpus_are_images_read_over_its_images(lab, changes, passes):

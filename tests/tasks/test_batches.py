@@ -128,10 +128,12 @@ def test_streamed_batches_equal_cached_ones(pipeline, open_batches, monkeypatch)
 
 
 def test_the_files_of_open_shards_count_as_memory(lab, open_batches, monkeypatch):
-    # 24 views of 8 x 8 x 3 are 4,608 bytes; the three shards are tars of 20 KiB each.
+    # 24 views of 8 x 8 x 3 are 4,608 bytes and 24 labels 192; three shards are tars of 20 KiB.
     monkeypatch.setattr(tasks.batches, "CACHE_BYTES", 10_000)
     assert not open_batches(lab, lab.config())._sources[0].is_cached
-    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", lab.labeled.num_bytes + 4608)
+    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", lab.labeled.num_bytes + 4608 + 191)
+    assert not open_batches(lab, lab.config())._sources[0].is_cached
+    monkeypatch.setattr(tasks.batches, "CACHE_BYTES", lab.labeled.num_bytes + 4608 + 192)
     assert open_batches(lab, lab.config())._sources[0].is_cached
 
 
@@ -574,7 +576,7 @@ def test_shards_too_large_for_memory_are_named_with_the_remedy(
 ):
     monkeypatch.setattr(tasks.batches, "CACHE_BYTES", 10_000)
     open_batches(lab, lab.config())
-    assert f"{lab.labeled.num_bytes} bytes, but 10000 may be held" in caplog.text
+    assert f"{lab.labeled.num_bytes + 24 * 8} bytes, but 10000 may be held" in caplog.text
     assert "Set cache: {dir, max_bytes}" in caplog.text
 
 

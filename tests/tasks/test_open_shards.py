@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from tasks.open_shards import OpenShards, ShardMemory
-from tasks.shard_items import BadSampleBudget, ShardItems, Targets
+from tasks.shard_items import BadSampleBudget, HeldBytes, ShardItems, Targets
 
 
-def items_of(num_bytes, is_mapped=False):
+def items_of(num_bytes, is_mapped=False, num_labels=0):
     empty, budget = np.zeros(0, np.int64), BadSampleBudget("s", 0)
-    return ShardItems([], empty, empty, empty, Targets(), budget, num_bytes, is_mapped)
+    targets = Targets(labels=np.zeros(num_labels, np.int64))
+    return ShardItems([], empty, empty, empty, targets, budget, num_bytes, is_mapped)
 
 
 def memory_of(max_bytes=0, max_mapped_bytes=0, max_shards=100):
@@ -31,8 +32,9 @@ def stream_of():
             opened.append(index)
             return items_of(num_bytes, is_mapped)
 
-        sizes = [num_bytes] * num_shards
-        shards = OpenShards(memory, name, open_shard, sizes, is_mapped=is_mapped)
+        shards = OpenShards(
+            memory, name, open_shard, [items_of(num_bytes, is_mapped).held] * num_shards
+        )
         made.append(shards)
         return shards, opened
 
@@ -93,6 +95,16 @@ def test_shards_of_the_cache_have_a_limit_of_their_own(stream_of):
     assert list(memory.opened) == [("a", 1), ("a", 2), ("a", 3)]
 
 
+def test_targets_count_as_memory_of_the_process_wherever_the_images_lie():
+    # 3 labels are 24 bytes.
+    assert items_of(10, num_labels=3).held == HeldBytes(34, 0)
+    assert items_of(10, is_mapped=True, num_labels=3).held == HeldBytes(24, 10)
+    memory = memory_of(max_bytes=50, max_mapped_bytes=1000)
+    for index in range(3):
+        memory.add(("a", index), items_of(10, is_mapped=True, num_labels=3))
+    assert list(memory.opened) == [("a", 1), ("a", 2)]  # three would be 72 bytes of targets
+
+
 def test_groups_fit_the_limit_and_hold_every_shard_once(stream_of):
     shards, _ = stream_of(memory_of(max_bytes=35))
     assert shards.fitting_groups(list(range(7))) == [[0, 1, 2], [3, 4, 5], [6]]
@@ -126,8 +138,8 @@ def test_reading_ahead_goes_on_when_the_memory_is_full_of_what_was_read():
         return items_of(10)
 
     memory = memory_of(max_bytes=50)
-    other = OpenShards(memory, "b", open_shard, [10], is_mapped=False)
-    shards = OpenShards(memory, "a", open_shard, [10] * 10, is_mapped=False)
+    other = OpenShards(memory, "b", open_shard, [HeldBytes(10, 0)])
+    shards = OpenShards(memory, "a", open_shard, [HeldBytes(10, 0)] * 10)
     other.get(0)
     for now, behind in pairwise(windows):
         for index in now:
@@ -152,7 +164,7 @@ def test_a_shard_that_is_coming_is_waited_for_and_not_read_twice():
         assert is_free.wait(timeout=10)
         return items_of(10)
 
-    shards = OpenShards(memory_of(100), "a", open_shard, [10] * 3, is_mapped=False)
+    shards = OpenShards(memory_of(100), "a", open_shard, [HeldBytes(10, 0)] * 3)
     shards.open_ahead([2], in_use=[])
     threading.Timer(0.05, is_free.set).start()
     assert shards.get(2).num_bytes == 10
