@@ -1,8 +1,6 @@
 """The command line: `selftrain --help`."""
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +8,8 @@ import typer
 
 from flows.cli_data import data_app
 from flows.cli_errors import reporting_errors
+from flows.cli_options import Json, Run, Store, print_json, store_url
+from flows.cli_pseudo_labels import explain, label, select
 
 # Heavy modules (torch, Prefect) are imported inside the commands: `--help` answers at once.
 
@@ -29,26 +29,21 @@ app = typer.Typer(
 
 `selftrain resume my-run` — go on after a crash, a kill or Ctrl-C
 
+`selftrain label ./my-model shards/ labels/` — pseudo-labels alone, without a run
+
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped on request and resumable.""",
 )
 app.add_typer(data_app, name="data")
+app.command()(label)
+app.command()(select)
+app.command()(explain)
 
-Store = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        help="Folder or URL of the store; else the config's, else the"
-        " environment's SELFTRAIN_STORE.",
-    ),
-]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated."),
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run in the store.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Config = Annotated[str, typer.Argument(help="A YAML file, or a recipe: see `selftrain recipes`.")]
-Run = Annotated[str, typer.Argument(help="Name of the run.")]
 
 
 @app.command()
@@ -65,7 +60,7 @@ def run(
     from flows.loading import load_config
 
     loaded = load_config(config, overrides=sets or [], name=name)
-    _run_and_show(loaded.model_copy(update={"store": _store_url(store, loaded.store)}), as_json)
+    _run_and_show(loaded.model_copy(update={"store": store_url(store, loaded.store)}), as_json)
 
 
 @app.command()
@@ -78,7 +73,7 @@ def resume(run: Run, store: Store = None, as_json: Json = False) -> None:
     from flows.opening import reopen_run
     from storage.store import open_store
 
-    opened = open_store(_store_url(store))
+    opened = open_store(store_url(store))
     stored = reopen_run(opened, run).config
     _run_and_show(stored.model_copy(update={"store": opened.url}), as_json)
 
@@ -100,11 +95,11 @@ def plan(
     from storage.store import open_store
 
     loaded = load_config(config, overrides=sets or [], name=name)
-    opened = open_store(_store_url(store, loaded.store))
+    opened = open_store(store_url(store, loaded.store))
     with showing_progress():
         stages = plan_run(opened, loaded)
     if as_json:
-        _print_json(plan_to_json(stages))
+        print_json(plan_to_json(stages))
     else:
         print_plan(stages)
 
@@ -120,9 +115,9 @@ def status(run: Run, store: Store = None, as_json: Json = False) -> None:
     from flows.terminal import print_status
     from storage.store import open_store
 
-    found = read_status(open_store(_store_url(store)), run)
+    found = read_status(open_store(store_url(store)), run)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         print_status(found)
 
@@ -139,10 +134,10 @@ def list_command(store: Store = None, as_json: Json = False) -> None:
     from storage.runs import list_runs
     from storage.store import open_store
 
-    opened = open_store(_store_url(store))
+    opened = open_store(store_url(store))
     found = [read_status(opened, name) for name in list_runs(opened)]
     if as_json:
-        _print_json({"schema": 1, "store": opened.url, "runs": [one.to_json() for one in found]})
+        print_json({"schema": 1, "store": opened.url, "runs": [one.to_json() for one in found]})
     else:
         print_runs(opened.url, found)
 
@@ -158,7 +153,7 @@ def report(run: Run, store: Store = None) -> None:
     from flows.opening import reopen_run
     from storage.store import open_store
 
-    typer.echo(write_views(reopen_run(open_store(_store_url(store)), run)).report_url)
+    typer.echo(write_views(reopen_run(open_store(store_url(store)), run)).report_url)
 
 
 @app.command()
@@ -179,11 +174,11 @@ def predict(
     from storage.store import open_store
     from tasks.prediction import predict_files
 
-    opened = open_store(_store_url(store))
+    opened = open_store(store_url(store))
     fingerprint = read_status(opened, run).model_fingerprint()
     found = predict_files(opened, fingerprint, images, device=device)
     if as_json:
-        _print_json({"schema": 1, "run": run, "model": fingerprint, "predictions": found})
+        print_json({"schema": 1, "run": run, "model": fingerprint, "predictions": found})
     else:
         print_predictions(found)
 
@@ -201,7 +196,7 @@ def export(
     from storage.store import open_store
     from tasks.prediction import export_model
 
-    opened = open_store(_store_url(store))
+    opened = open_store(store_url(store))
     export_model(opened, read_status(opened, run).model_fingerprint(), out)
     typer.echo(str(out))
 
@@ -233,7 +228,7 @@ def import_command(
     from storage.store import open_store
     from tasks.importing import import_model
 
-    opened = open_store(_store_url(store), check_writable=True)
+    opened = open_store(store_url(store), check_writable=True)
     url = import_model(
         opened,
         weights,
@@ -266,7 +261,7 @@ def serve(
     from flows.serving import serve_on_schedule
 
     loaded = load_config(config, overrides=sets or [], name=name)
-    url = _store_url(store, loaded.store)
+    url = store_url(store, loaded.store)
     serve_on_schedule(loaded.model_copy(update={"store": url}), cron=cron, timezone=timezone)
 
 
@@ -331,23 +326,10 @@ def _run_and_show(config: Any, as_json: bool) -> None:
     ui_hint = run_to_end(config)
     finished = read_status(open_store(config.store), config.name)
     if as_json:
-        _print_json(finished.to_json())
+        print_json(finished.to_json())
         return
     print_status(finished)
     err.print(f"Prefect UI of this run: {ui_hint}", highlight=False, soft_wrap=True)
-
-
-def _store_url(option: str | None, configured: str | None = None) -> str:
-    url = option or configured or os.environ.get("SELFTRAIN_STORE")
-    if not url:
-        raise typer.BadParameter(
-            "no store: give --store, set SELFTRAIN_STORE, or `store` in the config"
-        )
-    return url
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """`selftrain data ...`: from images to shards, and from shards to an index."""
 
-import json
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from flows.cli_errors import reporting_errors
+from flows.cli_options import Json, print_json
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -17,7 +16,6 @@ data_app = typer.Typer(
 Out = Annotated[str, typer.Argument(help="Folder or URL below which shards are written.")]
 ShardSize = Annotated[int, typer.Option(help="Images in a shard.")]
 Seed = Annotated[int, typer.Option(help="Of the draw; the same seed gives the same bytes.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
 @data_app.command()
@@ -176,7 +174,7 @@ def index(
         "warning": warning,
     }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     typer.echo(f"{facts['shards']} shards, {facts['samples']} samples, {facts['bytes']:,} bytes")
     typer.echo(f"corpus {corpus.digest}")
@@ -211,14 +209,10 @@ def _print_summary(summary: Any, out: str, as_json: bool) -> None:
         for name, split in summary.splits.items()
     }
     if as_json:
-        _print_json(
+        print_json(
             {"schema": 1, "out": out, "class_names": list(summary.class_names), "splits": splits}
         )
         return
     for name, split in splits.items():
         samples, shards = split["samples"], split["shards"]
         typer.echo(f"{name:<10} {samples:>8,} images in {shards:>4} shards  {split['pattern']}")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")

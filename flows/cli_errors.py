@@ -15,7 +15,10 @@ _T = TypeVar("_T")
 FAILED, WRONG_USAGE, STOPPED = 1, 2, 3
 
 # By name: the classes live in modules that are too heavy to import for `--help`.
-_WRONG_USAGE = {"ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"}
+_WRONG_USAGE = {
+    *("ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"),
+    *("UnknownSample", "OutputMismatch"),
+}
 _STOPPED = {"StoppedOnRequest", "TrainingStopped", "LabelingStopped", "TerminationSignal"}
 
 

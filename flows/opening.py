@@ -1,31 +1,25 @@
 """Open a run: resolve what its config names, pin it in the store, and read the pins on resume."""
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
+from flows.corpora import index_corpus
 from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
 from flows.trained_models import GivenTeacher, StudentConfig, TrainedTeacher
 from models.training import TrainingConfig
 from storage.addresses import canonical_json, sha256_hex
-from storage.corpus import Corpus, EmptyCorpus, load_corpus, save_corpus
-from storage.exclusion import Exclusion, exclude, read_keys
-from storage.indexing import ShardIndex, corpus_from_index, index_shards, read_index, write_index
+from storage.corpus import Corpus, load_corpus
 from storage.manifest import UnknownSchema
-from storage.patterns import below_root, expand_shards
 from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
 from tasks.launching import LocalLaunch
-from tasks.progress import Progress, report
 from tasks.stream_sources import refuse_cache_without_room
-
-_log = logging.getLogger(__name__)
 
 PINS_SCHEMA = 1
 
@@ -116,14 +110,14 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
             f"data.labeled = {data.labeled!r}: no classes.json beside the shards, so class numbers"
             ' have no names. Write {"schema": 1, "class_names": [...]} there'
         )
-    _check_labels(labeled, "data.labeled", every_class=True)
+    check_labels(labeled, "data.labeled", every_class=True)
     _check_lengths(config, labeled.num_samples)
     dev = _corpus(store, data, "dev", data.dev)
     test = None if data.test is None else _corpus(store, data, "test", data.test)
     for name, split in (("dev", dev), ("test", test)):
         if split is None:
             continue
-        _check_labels(split, f"data.{name}", every_class=False)
+        check_labels(split, f"data.{name}", every_class=False)
         if split.class_names is None:
             raise ValueError(
                 f"data.{name}: no classes.json beside the shards, so class numbers have no names."
@@ -188,61 +182,11 @@ def _as_shards(store: Store, config: SelfTrainingConfig) -> ShardsData:
 
 
 def _corpus(store: Store, data: ShardsData, split: str, pattern: str) -> Corpus:
-    """Index one split; what is unchanged since the last index of this pattern is not read."""
-    located = below_root(pattern, data.root)
-    if located.endswith(".json"):
-        index = read_index(located)
-        if index is None:
-            raise FileNotFoundError(
-                f"data.{split} = {pattern!r}: no index at {located}; make it with"
-                " `selftrain data index`"
-            )
-    else:
-        index = _fresh_index(store, split, located)
-    try:
-        corpus, locations = corpus_from_index(index)
-    except EmptyCorpus as error:
-        raise EmptyCorpus(f"data.{split} = {pattern!r}: {error}") from None
-    if data.exclude is not None:
-        exclusion = _excluded(corpus, locations, data, split)
-        corpus = exclusion.corpus
-    save_corpus(store, corpus, locations)
-    return corpus
+    return index_corpus(store, pattern, named=f"data.{split}", root=data.root, exclude=data.exclude)
 
 
-def _excluded(
-    corpus: Corpus, locations: Mapping[str, str], data: ShardsData, split: str
-) -> Exclusion:
-    """Take the samples that must not be read out of a split."""
-    assert data.exclude is not None
-    url = below_root(data.exclude, data.root)
-    try:
-        exclusion = exclude(corpus, locations, read_keys(url))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"data.exclude = {data.exclude!r}: {error}") from error
-    except EmptyCorpus as error:
-        raise EmptyCorpus(f"data.exclude = {data.exclude!r} leaves nothing of {split}") from error
-    _log.info("data.exclude: %d samples of data.%s are left out", len(exclusion.found), split)
-    return exclusion
-
-
-def _fresh_index(store: Store, split: str, located: str) -> ShardIndex:
-    try:
-        urls = expand_shards(located)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"data.{split}: {error}") from error
-    index_url = store.url_of(f"corpora/index-{sha256_hex(located.encode())[:16]}.json")
-    index = index_shards(
-        urls,
-        previous=read_index(index_url),
-        progress=lambda done, total: report(Progress(f"index {split}", done, total, "shards")),
-        save=lambda partial: write_index(index_url, partial),
-    )
-    write_index(index_url, index)
-    return index
-
-
-def _check_labels(corpus: Corpus, key: str, *, every_class: bool) -> None:
+def check_labels(corpus: Corpus, key: str, *, every_class: bool) -> None:
+    """Refuse a labelled split with samples, or (every_class) classes, that have no label."""
     counts = corpus.label_counts()
     without = corpus.num_samples - sum(counts.values())
     if without:

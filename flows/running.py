@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Callable
+from typing import Any
 
 # Before Prefect is imported: its console log would break up the progress display. The log of a run
 # is in the Prefect UI; PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=INFO shows it here as well.
@@ -35,21 +37,39 @@ def run_to_end(config: SelfTrainingConfig) -> str:
     Raises: StoppedOnRequest; whatever made the run fail.
     """
     assert config.store is not None
+    _, hint = run_flow(
+        lambda: self_training(config, return_state=True),
+        go_on=resume_command(config),
+        num_tasks=lambda: _num_stages(config),
+    )
+    assert read_status(open_store(config.store), config.name).state == "done"
+    return hint
+
+
+def run_flow(
+    call: Callable[[], State], *, go_on: str, num_tasks: Callable[[], int] = lambda: 0
+) -> tuple[Any, str]:
+    """Call a flow in this process, on a server, with progress on stderr.
+
+    Args:
+        call: the flow, with return_state=True.
+        go_on: the command that goes on with it after a stop.
+        num_tasks: after the flow has ended, how many task runs of it the server must have seen.
+    Returns: its result, and where the Prefect UI shows the run.
+    Raises: StoppedOnRequest; whatever made the flow fail.
+    """
     signal.signal(signal.SIGTERM, _raise_stopped)
     with prefect_server() as server:
         err.print(f"Prefect UI while it runs: {server.ui_url}", highlight=False, soft_wrap=True)
         try:
             with showing_progress():
-                state = self_training(config, return_state=True)
+                state = call()
         except (KeyboardInterrupt, TerminationSignal, StoppedOnRequest):
-            raise StoppedOnRequest(f"stopped; go on with: {resume_command(config)}") from None
+            raise StoppedOnRequest(f"stopped; go on with: {go_on}") from None
         flow_run_id = str(state.state_details.flow_run_id)
-        if server.is_ours and not wait_until_recorded(flow_run_id, at_least=_num_stages(config)):
+        if server.is_ours and not wait_until_recorded(flow_run_id, at_least=num_tasks()):
             err.print("[yellow]the Prefect server did not record every state of this run")
-        if state.is_failed() or state.is_crashed():
-            _raise_from(state, config)
-        assert read_status(open_store(config.store), config.name).state == "done"
-        return ui_hint(server, flow_run_id)
+        return _result_of(state, go_on), ui_hint(server, flow_run_id)
 
 
 def resume_command(config: SelfTrainingConfig) -> str:
@@ -64,12 +84,13 @@ def ui_hint(server: PrefectServer, flow_run_id: str) -> str:
     return f"{server.ui_url}/runs/flow-run/{flow_run_id}"
 
 
-def _raise_from(state: State, config: SelfTrainingConfig) -> None:
+def _result_of(state: State, go_on: str) -> Any:
+    """Return what a flow returned, or raise what made it fail."""
     try:
-        state.result()
+        return state.result()
     except (TrainingStopped, LabelingStopped) as error:
         # A worker or a group of shards was stopped by somebody else, such as a batch system.
-        raise StoppedOnRequest(f"{error}; go on with: {resume_command(config)}") from error
+        raise StoppedOnRequest(f"{error}; go on with: {go_on}") from error
 
 
 def _num_stages(config: SelfTrainingConfig) -> int:

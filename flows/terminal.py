@@ -81,7 +81,7 @@ class _PlainLines:
 
 def print_status(status: RunStatus) -> None:
     """Print the rounds of a run, where report and model lie, and how it ended."""
-    table = _table(f"run {status.run}: {_state_in_words(status)}")
+    table = titled_table(f"run {status.run}: {_state_in_words(status)}")
     columns = ["round", "architecture", "dev accuracy", "test accuracy", "pseudo-labels"]
     for name in [*columns, "precision", "promoted", "seconds"]:
         table.add_column(name, justify="left" if name == "architecture" else "right")
@@ -103,7 +103,7 @@ def print_status(status: RunStatus) -> None:
 
 def print_plan(stages: list[PlannedStage]) -> None:
     """Print the stages of a plan and their sum."""
-    table = _table("plan, assuming that every student is promoted")
+    table = titled_table("plan, assuming that every student is promoted")
     for name in ["round", "stage", "state", "images", "shards", "seconds", "address"]:
         table.add_column(name, justify="left" if name in ("stage", "address") else "right")
     styles = {"reused": "green", "partial": "yellow", "to_do": ""}
@@ -136,7 +136,7 @@ def print_plan(stages: list[PlannedStage]) -> None:
 
 def print_runs(store: str, runs: list[RunStatus]) -> None:
     """Print a line for each run of a store."""
-    table = _table(f"runs in {store}")
+    table = titled_table(f"runs in {store}")
     for name in ["run", "state", "rounds", "dev accuracy", "test accuracy"]:
         table.add_column(name)
     for run in runs:
@@ -151,7 +151,7 @@ def print_runs(store: str, runs: list[RunStatus]) -> None:
 
 def print_predictions(predictions: list[dict[str, Any]]) -> None:
     """Print a line for each image."""
-    table = _table(None)
+    table = titled_table(None)
     for name in ["image", "class", "confidence"]:
         table.add_column(name, overflow="fold")
     for one in predictions:
@@ -161,7 +161,8 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
-def _table(title: str | None) -> Table:
+def titled_table(title: str | None) -> Table:
+    """Return an empty table in the style of all commands."""
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
 
 

@@ -1,0 +1,34 @@
+"""What the commands share: options, the choice of the store, JSON on stdout."""
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="Folder or URL of the store; else the config's, else the"
+        " environment's SELFTRAIN_STORE.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Run = Annotated[str, typer.Argument(help="Name of the run.")]
+
+
+def store_url(option: str | None, configured: str | None = None) -> str:
+    """Return the store of --store, the config or the environment, in this order."""
+    url = option or configured or os.environ.get("SELFTRAIN_STORE")
+    if not url:
+        raise typer.BadParameter(
+            "no store: give --store, set SELFTRAIN_STORE, or `store` in the config"
+        )
+    return url
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a machine-readable answer, the only thing on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,254 @@
+"""What one round made of one image: the prediction, how it was judged, and what came of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.corpus import Corpus, Shard, load_locations, read_samples
+from storage.manifest import Manifest, read_stored
+from storage.predictions import Predictions, read_predictions
+from storage.samples import sample_key
+from storage.selections import Reason, Selection, from_parquet
+from storage.store import Store
+from tasks.report_formats import words
+from tasks.selection import read_summary
+from tasks.selection_rows import calibrated_and_debiased, from_summary, prediction_record
+
+TOP_CLASSES = 3
+
+
+@dataclass(frozen=True)
+class ScoredClass:
+    """A class by name and its probability in [0, 1]."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a selection judged one image in one round, and what it gave the student.
+
+    Attributes:
+        label: class after calibration and debiasing, which the threshold is of.
+        confidence: of that class, which was compared with the threshold.
+        calibrated_confidence: after calibration alone; None where nothing was calibrated.
+        debiased_confidence: None where nothing was debiased.
+        threshold: that the class had to reach; None where balancing hides the rule's own.
+        kept_from: lowest confidence at which the class was kept, quota included; None where no
+            rule depends on the corpus.
+        reason: name of the stored reason.
+        reason_in_words: the same for people, with the numbers.
+        copies: 0 where rejected.
+        weight: 0 where rejected.
+        target: soft, hard, or None where rejected.
+        target_top: most probable classes of the target.
+        rest_mass: probability of the classes that the target does not list.
+    """
+
+    label: str
+    confidence: float
+    calibrated_confidence: float | None
+    debiased_confidence: float | None
+    threshold: float | None
+    kept_from: float | None
+    reason: str
+    reason_in_words: str
+    copies: int
+    weight: float
+    target: str | None
+    target_top: tuple[ScoredClass, ...]
+    rest_mass: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the student of the round learns the image."""
+        return self.reason == "kept"
+
+
+@dataclass(frozen=True)
+class SampleInRound:
+    """One image in one round.
+
+    Attributes:
+        predicted: the teacher's own most probable classes, as stored, most probable first.
+        confidence: of the first of them, in [0, 1].
+        margin: over the second.
+        entropy: nats.
+        judgement: of the selection.
+        truth: name of the true class where the corpus has it: diagnosis only, nothing reads it.
+    """
+
+    predicted: tuple[ScoredClass, ...]
+    confidence: float
+    margin: float
+    entropy: float
+    judgement: Judgement
+    truth: str | None
+
+
+def keys_of_shard(store: Store, labeling: Manifest, shard: Shard) -> tuple[str, ...]:
+    """Return the in-shard keys of the images that a labelling has a prediction for."""
+    return _predictions(store, labeling, shard).keys
+
+
+def explain_round(
+    store: Store,
+    shard: Shard,
+    key: str,
+    *,
+    labeling: Manifest,
+    selection: Manifest,
+    class_names: Sequence[str],
+) -> SampleInRound | None:
+    """Return what one round made of a sample; of the data, only its shard's objects are read.
+
+    Args:
+        store: of the run.
+        shard: that holds the sample.
+        key: in the shard.
+        labeling: the round's, finished.
+        selection: the round's, finished.
+        class_names: of the run.
+    Returns: None if the labelling has no prediction for the key.
+    """
+    predictions = _predictions(store, labeling, shard)
+    if key not in predictions.keys:
+        return None
+    row = predictions.keys.index(key)
+    stored = selection.object(shard.digest)
+    chosen = from_parquet(
+        read_stored(store, stored),
+        num_samples=predictions.num_samples,
+        where=store.url_of(stored.path),
+    )
+    truth = int(predictions.true_label[row])
+    return SampleInRound(
+        predicted=_top(np.exp(predictions.log_probs[row].astype(np.float64)), class_names),
+        confidence=float(predictions.confidence[row]),
+        margin=float(predictions.margin[row]),
+        entropy=float(predictions.entropy[row]),
+        judgement=_judgement(
+            predictions,
+            row,
+            chosen,
+            chosen.keys.index(key),
+            rules=selection.settings["selection"],
+            summary=read_summary(store, selection),
+            class_names=class_names,
+        ),
+        truth=class_names[truth] if truth >= 0 else None,
+    )
+
+
+def read_image(store: Store, corpus: Corpus, stem: str, key: str) -> bytes:
+    """Return the image file of one sample of a corpus, out of its shard.
+
+    Raises: MissingShard, CorruptShard; ValueError if the shard has no such sample.
+    """
+    wanted = sample_key(stem, key)
+    for sample in read_samples(corpus, load_locations(store, corpus.digest), stem):
+        if sample.key == wanted:
+            return bytes(sample.image)
+    raise ValueError(f"shard {stem} has no sample {wanted!r}")
+
+
+def _predictions(store: Store, labeling: Manifest, shard: Shard) -> Predictions:
+    labeler = labeling.inputs["labeler"].fingerprint
+    return read_predictions(store, prediction_record(store, labeler, shard.digest))
+
+
+def _judgement(
+    predictions: Predictions,
+    row: int,
+    chosen: Selection,
+    chosen_row: int,
+    *,
+    rules: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    class_names: Sequence[str],
+) -> Judgement:
+    temperature, vector, offsets = from_summary(summary)
+    _, calibrated, _ = calibrated_and_debiased(
+        predictions, temperature=temperature, vector=vector, offsets=None
+    )
+    labels, confidences, _ = calibrated_and_debiased(
+        predictions, temperature=temperature, vector=vector, offsets=offsets
+    )
+    label, confidence = int(labels[row]), float(confidences[row])
+    is_calibrated = temperature is not None or vector is not None
+    threshold, kept_from = _thresholds(rules, summary, label)
+    reason = Reason(int(chosen.reason[chosen_row]))
+    target, target_top = _target(chosen, chosen_row, class_names)
+    return Judgement(
+        label=class_names[label],
+        confidence=confidence,
+        calibrated_confidence=float(calibrated[row]) if is_calibrated else None,
+        debiased_confidence=None if offsets is None else confidence,
+        threshold=threshold,
+        kept_from=kept_from,
+        reason=reason.name.lower(),
+        reason_in_words=_reason_in_words(reason, confidence, threshold, kept_from),
+        copies=int(chosen.copies[chosen_row]),
+        weight=float(chosen.weight[chosen_row]),
+        target=target,
+        target_top=target_top,
+        rest_mass=float(chosen.rest_mass[chosen_row]),
+    )
+
+
+def _thresholds(
+    rules: Mapping[str, Any], summary: Mapping[str, Any], label: int
+) -> tuple[float | None, float | None]:
+    """Return the threshold of a class, and the confidence from which on its quota kept it.
+
+    A summary has one number a class: the larger of the two. Where the rule learns its thresholds
+    and a quota follows, the rule's own cannot be told from it.
+    """
+    by_class = summary.get("class_thresholds")
+    kept_from = None if by_class is None else float(by_class[label])
+    if rules["threshold"]["kind"] == "fixed":
+        return float(rules["threshold"]["confidence"]), kept_from
+    return (kept_from if rules["balance"]["kind"] == "none" else None), kept_from
+
+
+def _reason_in_words(
+    reason: Reason, confidence: float, threshold: float | None, kept_from: float | None
+) -> str:
+    match reason:
+        case Reason.KEPT:
+            return "kept"
+        case Reason.BELOW_THRESHOLD if threshold is None:
+            return f"confidence {confidence:.4f} is below the threshold of its class"
+        case Reason.BELOW_THRESHOLD:
+            return f"confidence {confidence:.4f} is below {threshold:.4f}"
+        # Compared as the rules do, in float32: one written as 0.9 reaches a cut at 0.9.
+        case Reason.OVER_QUOTA if kept_from is not None and np.float32(confidence) < np.float32(
+            kept_from
+        ):
+            return f"over quota: its class is full from confidence {kept_from:.4f} on"
+        case Reason.OVER_QUOTA:
+            return "over quota: its class is thinned at random, and the draw gave it no copy"
+        case _:
+            return words(reason.name.lower())
+
+
+def _target(
+    chosen: Selection, row: int, class_names: Sequence[str]
+) -> tuple[str | None, tuple[ScoredClass, ...]]:
+    if not chosen.kept[row]:
+        return None, ()
+    span = slice(int(chosen.target_offsets[row]), int(chosen.target_offsets[row + 1]))
+    if span.start == span.stop:
+        return "hard", (ScoredClass(class_names[int(chosen.label[row])], 1.0),)
+    probs = np.exp(chosen.target_log_probs[span].astype(np.float64))
+    names = [class_names[int(class_id)] for class_id in chosen.target_ids[span]]
+    return "soft", _top(probs, names)
+
+
+def _top(probs: NDArray[np.float64], names: Sequence[str]) -> tuple[ScoredClass, ...]:
+    best = np.argsort(-probs, kind="stable")[:TOP_CLASSES]
+    return tuple(ScoredClass(names[int(i)], float(probs[i])) for i in best)
