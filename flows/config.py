@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
     StudentConfig,
@@ -148,6 +149,10 @@ class SelfTrainingConfig(_Config):
         default=ONE_LOCAL_PROCESS,
         description="Who starts the processes of a training, and how many; in no fingerprint.",
     )
+    engine: EngineConfig = Field(
+        default=LOCAL_ENGINE,
+        description="Whose workers label the corpus; in no fingerprint.",
+    )
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
@@ -160,7 +165,12 @@ class SelfTrainingConfig(_Config):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
-        for section, kind in (("data", "shards"), ("teacher", "train"), ("launch", "local")):
+        for section, kind in (
+            ("data", "shards"),
+            ("teacher", "train"),
+            ("launch", "local"),
+            ("engine", "local"),
+        ):
             if isinstance(value.get(section), Mapping) and "kind" not in value[section]:
                 value[section] = {"kind": kind, **value[section]}
         return value

@@ -107,6 +107,7 @@ class RunDriver:
                 class_names=list(self.run.pins.class_names),
                 device=self.run.config.device,
                 max_bad_samples=self.run.config.max_bad_samples,
+                engine=self.run.config.engine,
                 label=title,
                 artifact=self._artifact(round_index, "label"),
                 validation=self.graph.evaluate("validate", teacher).fingerprint,

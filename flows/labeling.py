@@ -1,37 +1,41 @@
-"""Label a corpus with a model: one task per group of shards."""
+"""Label a corpus with a model: one task per group of shards, on the engine of the config."""
 
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.client.schemas.objects import State
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.concurrency.sync import concurrency
+from prefect.futures import PrefectFuture
 
+from flows import engines
+from flows.engine_config import LOCAL_ENGINE, EngineConfig, LocalEngine
 from flows.graph import View
-from storage.corpus import load_corpus
-from storage.store import Store, open_store
+from storage.corpus import Shard, load_corpus
+from storage.store import open_store
 from tasks import labeling
 from tasks.calibrating import dev_temperature
-from tasks.classifiers import StoredClassifier, load_classifier, read_description
-from tasks.devices import DeviceChoice, resolve_device
-from tasks.labeling import LabelingConfig, LabelingStopped
+from tasks.classifiers import read_description
+from tasks.devices import DeviceChoice, visible_gpus
+from tasks.label_jobs import LabelJob, label_as_a_worker
+from tasks.label_processes import LocalWorkers, OnShard, ThisProcess, WorkerProcesses
+from tasks.labeling import LabelingConfig
 from tasks.live_progress import LiveProgress
+from tasks.policies import GPU_LEASE_SECONDS, GPU_LIMIT
 from tasks.predicting import Cut
+from tasks.shard_groups import group_shards, work_of
 from tasks.specifications import finished_result
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
-# Threads do not see SIGTERM or Ctrl-C: the flow's main thread tells them, and they stop between
-# shards. One flow of this kind runs in a process at a time.
-_stopping = threading.Event()
+# A process needs seconds to start, which is the work of so many images.
+_IMAGES_WORTH_A_PROCESS = 2_000
 
 
-# One thread, because one device: decoding has threads of its own. Any, because Prefect declares its
-# own task runners as no subtype of what `flow` takes (3.8.8).
-_ONE_THREAD: Any = ThreadPoolTaskRunner(max_workers=1)
-
-
-@flow(name="label", task_runner=_ONE_THREAD, persist_result=False)
+@flow(name="label", persist_result=False)
 def label_corpus(
     store: str,
     model: str,
@@ -40,6 +44,7 @@ def label_corpus(
     class_names: list[str] | None = None,
     device: DeviceChoice = "auto",
     max_bad_samples: int = 0,
+    engine: EngineConfig = LOCAL_ENGINE,
     label: str = "label",
     artifact: str = "label",
     validation: str | None = None,
@@ -54,6 +59,7 @@ def label_corpus(
         class_names: label space; default: the model's own.
         device: where to compute.
         max_bad_samples: undecodable images that a shard may hold.
+        engine: whose workers label.
         label: name of the stage in progress reports.
         artifact: key of the progress artifact.
         validation: fingerprint of the model's validation on dev, whose temperature the top_k form
@@ -75,90 +81,165 @@ def label_corpus(
     there = reused(opened, specification)
     if there is not None:
         return there
-    classifier = load_classifier(
-        opened, model, device=resolve_device(device), class_names=class_names
-    )
     whole = load_corpus(opened, corpus)
-    missing = labeling.shards_to_label(opened, labeler, whole)
-    batch_size = labeling.resolve_batch_size(
-        opened,
-        labeler,
-        config,
-        image_size=description.image_size,
-        device=classifier.device,
+    missing = labeling.shards_to_label(opened, labeler, whole, verify=config.verify)
+    progress = _LabelingProgress(
+        LiveProgress(label, "images", key=artifact),
+        done=whole.num_samples - sum(shard.num_samples for shard in missing),
+        total=whole.num_samples,
     )
-    cut = None
-    if labeling.resolved_form(config, len(class_names)) == "top_k":
-        assert validation is not None, "refused above"
-        cut = Cut(
-            config.k, dev_temperature(opened, finished_result(opened, "validate", validation))
+    if missing:
+        cut = None
+        if labeling.resolved_form(config, len(class_names)) == "top_k":
+            assert validation is not None, "refused above"
+            dev = finished_result(opened, "validate", validation)
+            cut = Cut(config.k, dev_temperature(opened, dev))
+        job = LabelJob(
+            store=opened.url,
+            corpus=corpus,
+            labeler=labeler,
+            model=model,
+            class_names=tuple(class_names),
+            config=config,
+            device=engines.device_of(engine, device),
+            max_bad_samples=max_bad_samples,
+            cut=cut,
         )
-    progress = LiveProgress(label, "images", key=artifact)
-    done = whole.num_samples - sum(shard.num_samples for shard in missing)
-    progress.update(done, whole.num_samples)
-    _stopping.clear()
-    futures = []
-    for group in labeling.group_shards(missing, config.shards_per_task):
-        futures.append(
-            label_group.with_options(task_run_name=f"{group[0].stem} + {len(group) - 1}").submit(
-                opened,
-                corpus,
-                [shard.stem for shard in group],
-                classifier,
-                labeler=labeler,
-                config=config,
-                batch_size=batch_size,
-                max_bad_samples=max_bad_samples,
-                cut=cut,
-                progress=progress,
-                done_before=done,
-                total=whole.num_samples,
-            )
-        )
-        done += sum(shard.num_samples for shard in group)
-    try:
-        for future in futures:
-            future.result()
-    except BaseException:
-        _stopping.set()
-        raise
+        _label_all(job, missing, engine, progress)
     return reference(labeling.finish(opened, specification, seconds=time.monotonic() - started))
 
 
+def _label_all(
+    job: LabelJob, missing: Sequence[Shard], engine: EngineConfig, progress: "_LabelingProgress"
+) -> None:
+    with _running(engine, job, missing, progress) as running:
+        groups = group_shards(missing, job.config.shards_per_task, num_workers=running.num_workers)
+        get_run_logger().info(
+            "%d shards in %d groups for %d workers of engine %s on %s",
+            len(missing),
+            len(groups),
+            running.num_workers,
+            engine.kind,
+            job.device,
+        )
+        futures = [
+            running.submit(f"{group[0].stem} + {len(group) - 1}", [shard.stem for shard in group])
+            for group in groups
+        ]
+        try:
+            with engines.explaining_lost_workers(engine):
+                for future, group in zip(futures, groups, strict=True):
+                    future.result()
+                    running.on_group(sum(shard.num_samples for shard in group))
+        except BaseException:
+            running.stop()
+            raise
+
+
+@dataclass(frozen=True)
+class _Running:
+    """An engine that runs.
+
+    Attributes:
+        num_workers: groups that are labelled at a time.
+        submit: takes the name of a task run and the stems of a group.
+        on_group: called with the samples of a group that is done.
+        stop: has all groups end after their present shards, where the engine can.
+    """
+
+    num_workers: int
+    submit: Callable[[str, list[str]], PrefectFuture[Any]]
+    on_group: OnShard
+    stop: Callable[[], None]
+
+
+@contextmanager
+def _running(
+    engine: EngineConfig, job: LabelJob, missing: Sequence[Shard], progress: "_LabelingProgress"
+) -> Iterator[_Running]:
+    if not isinstance(engine, LocalEngine):
+        runner = engines.task_runner_of(engine, job.device)
+
+        def submit(name: str, stems: list[str]) -> PrefectFuture[Any]:
+            named = label_group.with_options(task_run_name=name)
+            with engines.taking_resources(engine, job.device):
+                return runner.submit(named, {"job": job.to_json(), "stems": stems})
+
+        with runner:
+            yield _Running(
+                engines.num_workers_of(engine, runner), submit, progress.add, lambda: None
+            )
+        return
+    workers = local_workers(engine, job.device, missing)
+    runner = engines.task_runner_of(engine, job.device, num_workers=workers.num_workers)
+
+    def submit_here(name: str, stems: list[str]) -> PrefectFuture[Any]:
+        named = label_group_here.with_options(task_run_name=name)
+        return runner.submit(
+            named, {"workers": workers, "job": job, "stems": stems, "on_shard": progress.add}
+        )
+
+    try:
+        with runner:
+            yield _Running(workers.num_workers, submit_here, lambda num_samples: None, workers.stop)
+    finally:
+        workers.close()
+
+
+def local_workers(
+    engine: LocalEngine, device: DeviceChoice, missing: Sequence[Shard]
+) -> LocalWorkers:
+    """Return this machine's workers for so much work, none of them started yet.
+
+    Raises: ValueError if there are fewer GPUs than workers.
+    """
+    count = engines.num_local_workers(engine.processes, device, threads=engine.threads)
+    if engine.processes == "auto":
+        count = min(count, int(work_of(missing) / _IMAGES_WORTH_A_PROCESS))
+    if count == 0:
+        return ThisProcess(engine.threads)
+    count = min(count, len(missing))
+    gpus = visible_gpus() if device == "cuda" else []
+    engines.refuse_shared_gpus(count, gpus, device, named="engine.processes")
+    return WorkerProcesses(count, threads=engine.threads, gpus=gpus)
+
+
 @task(name="label-shards", **TASK_OPTIONS)
-def label_group(
-    store: Store,
-    corpus: str,
-    stems: list[str],
-    classifier: StoredClassifier,
-    *,
-    labeler: str,
-    config: LabelingConfig,
-    batch_size: int,
-    max_bad_samples: int,
-    cut: Cut | None,
-    progress: LiveProgress,
-    done_before: int,
-    total: int,
-) -> int:
-    """Label the shards of one group and return the number of images."""
-    started, done = time.monotonic(), 0
-    if _stopping.is_set():
-        raise LabelingStopped("stopped before this group began")
-    for num_samples in labeling.label_shards(
-        store,
-        corpus,
-        stems,
-        classifier,
-        labeler=labeler,
-        precision=config.precision,
-        batch_size=batch_size,
-        max_bad_samples=max_bad_samples,
-        cut=cut,
-    ):
-        done += num_samples
-        rate = done / (time.monotonic() - started)
-        progress.update(done_before + done, total, images_per_second=rate)
-        if _stopping.is_set():
-            raise LabelingStopped(f"stopped after {done} images of this group")
-    return done
+def label_group_here(
+    workers: LocalWorkers, job: LabelJob, stems: list[str], on_shard: OnShard
+) -> None:
+    """Have a worker of this machine label the shards of one group."""
+    with _gpu_slot(job):
+        workers.label(job, stems, on_shard)
+
+
+@task(name="label-shards", **TASK_OPTIONS)
+def label_group(job: dict[str, Any], stems: list[str]) -> None:
+    """Label the shards of one group in this process, which is a worker of a cluster."""
+    label_as_a_worker(LabelJob.from_json(job), stems)
+
+
+def _gpu_slot(job: LabelJob) -> AbstractContextManager[None]:
+    if job.device != "cuda":
+        return nullcontext()
+    # A limit that nobody has made is none, and a lease that cannot be renewed stops nobody.
+    return concurrency(GPU_LIMIT, occupy=1, lease_duration=GPU_LEASE_SECONDS)
+
+
+class _LabelingProgress:
+    """Adds up the images that the workers' threads report."""
+
+    def __init__(self, shown: LiveProgress, *, done: int, total: int) -> None:
+        self._shown, self._total = shown, total
+        self._done = self._done_before = done
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        shown.update(done, total)
+
+    def add(self, num_samples: int) -> None:
+        """Count images; called from any thread."""
+        with self._lock:
+            self._done += num_samples
+            seconds = time.monotonic() - self._started
+            rate = (self._done - self._done_before) / max(seconds, 1e-9)
+            self._shown.update(self._done, self._total, images_per_second=rate)

@@ -17,6 +17,7 @@ from storage.addresses import (
     sha256_hex,
 )
 from storage.corpus import Corpus, Shard, load_corpus, load_locations, read_samples
+from storage.damaged_predictions import Verification, read_whole_record
 from storage.manifest import InputReference, Manifest, commit_manifest, create_record
 from storage.predictions import (
     SCHEMA_VERSION,
@@ -81,7 +82,15 @@ class LabelingConfig(BaseModel):
     )
     shards_per_task: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="Shards of one Prefect task; auto: at most 100 tasks a labelling.",
+        description="Shards of one Prefect task; auto: minutes of work, at most 100 tasks a"
+        " labelling.",
+        json_schema_extra={"fingerprint": "excluded"},
+    )
+    verify: Verification = Field(
+        default="full",
+        description="How a labelling that goes on looks at predictions that are recorded already:"
+        " full reads them and compares checksums, size only asks how long they are. Damaged ones"
+        " are made again.",
         json_schema_extra={"fingerprint": "excluded"},
     )
 
@@ -176,17 +185,27 @@ def resolve_batch_size(
     return there
 
 
-def shards_to_label(store: Store, labeler: str, corpus: Corpus) -> list[Shard]:
-    """Return the shards without a record of this labeler, in the corpus's order."""
+def shards_to_label(
+    store: Store, labeler: str, corpus: Corpus, *, verify: Verification | None = None
+) -> list[Shard]:
+    """Return the shards without whole predictions of this labeler, in the corpus's order.
+
+    Args:
+        store: holds the predictions.
+        labeler: whose.
+        corpus: the shards in question.
+        verify: look at the objects that records name, too, and withdraw the records of damaged
+            ones; None: a record is enough.
+    """
+
+    def record_of(shard: Shard) -> dict[str, Any] | None:
+        if verify is None:
+            return read_record(store, labeler, shard.digest)
+        return read_whole_record(store, labeler, shard.digest, verify=verify)
+
     with ThreadPoolExecutor(16) as pool:
-        records = pool.map(lambda s: read_record(store, labeler, s.digest), corpus.shards)
+        records = pool.map(record_of, corpus.shards)
         return [s for s, found in zip(corpus.shards, records, strict=True) if found is None]
-
-
-def group_shards(shards: list[Shard], shards_per_task: int | Literal["auto"]) -> list[list[Shard]]:
-    """Cut the shards into the groups of the tasks."""
-    size = shards_per_task if shards_per_task != "auto" else max(8, -(-len(shards) // 100))
-    return [shards[start : start + size] for start in range(0, len(shards), size)]
 
 
 def label_shards(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tasks.label_processes import LabelWorkerLost
 from tasks.labeling import LabelingStopped
 from tasks.launching import TrainingNotSeen
 from tasks.training import TrainingStopped
@@ -11,6 +12,12 @@ from tasks.training import TrainingStopped
 RETRIES = 2
 RETRY_DELAY_SECONDS: list[float] = [5, 30]
 
+# The concurrency limit of Prefect that a labelling on a GPU takes a slot of, where there is one
+# (`prefect gcl create gpu --limit N`): runs that share a machine then take turns at its GPUs.
+GPU_LIMIT = "gpu"
+# The slot of a run that was killed is free after so long; a living one renews it.
+GPU_LEASE_SECONDS = 60
+
 # What the user's input or the computation itself causes comes back on every try.
 _NEVER = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
 
@@ -19,7 +26,7 @@ def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when run again; for `retry_condition_fn`."""
     try:
         state.result()
-    except (*_NEVER, TrainingStopped, TrainingNotSeen, LabelingStopped):
+    except (*_NEVER, TrainingStopped, TrainingNotSeen, LabelingStopped, LabelWorkerLost):
         return False
     except Exception:
         pass  # whatever else it was, it may have been the machine

@@ -36,6 +36,8 @@ REPORT_ONLY = {"matplotlib", "jinja2"}  # for the files of the report, tasks/rep
 
 # One line for each exception to the table, with its reason; a new one is a decision.
 EXCEPTIONS = {
+    # The engines that an extra installs, imported when one is asked for.
+    "flows/engines.py": {"dask", "distributed", "prefect_dask", "prefect_ray", "ray"},
     "flows/server.py": {"httpx"},  # asks our own Prefect server whether it is up
     "tasks/checkpointing.py": {"safetensors"},  # a checkpoint's tensors become bytes here
     "tasks/digits.py": {"sklearn"},  # the demo's images, imported when they are made
@@ -142,7 +144,8 @@ def test_storage_loads_no_torch():
 
 def test_worker_launcher_and_config_load_no_prefect():
     # A worker starts on every attempt, and a config is read before a server is there.
-    loaded = modules_after("import tasks.worker, tasks.launching, tasks.policies, flows.loading")
+    workers = "tasks.worker, tasks.launching, tasks.label_worker, tasks.label_processes"
+    loaded = modules_after(f"import {workers}, tasks.policies, flows.loading")
     assert {"torch", "tasks", "models", "storage"} <= loaded
     assert not loaded & {"prefect", "sklearn", "matplotlib", "webdataset"}
 

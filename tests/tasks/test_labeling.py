@@ -14,7 +14,7 @@ from storage.predictions import read_predictions, read_record
 from storage.samples import CorruptShard
 from tasks import labeling
 from tasks.classifiers import ClassesMismatch, StoredClassifier
-from tasks.labeling import LabelingConfig, group_shards, labeler_fingerprint, resolve_batch_size
+from tasks.labeling import LabelingConfig, labeler_fingerprint, resolve_batch_size
 from tasks.shard_items import TooManyBadSamples
 
 VIEW = {"image_size": 8, "crop_padding": 0, "interpolation": "bilinear"}
@@ -298,7 +298,7 @@ def test_what_changes_a_prediction_changes_its_address(config, changes):
 
 
 def test_how_the_work_is_cut_does_not_change_the_address():
-    config = LabelingConfig(batch_size=64, shards_per_task=3)
+    config = LabelingConfig(batch_size=64, shards_per_task=3, verify="size")
     assert labeler_fingerprint(config, **BASE) == labeler_fingerprint(LabelingConfig(), **BASE)
 
 
@@ -317,20 +317,3 @@ def test_the_first_batch_size_of_a_labeler_holds_for_all_later_ones(lab, caplog)
     assert "labeling.batch_size=7 has no effect: labeler cccccccccccc began with 35" in caplog.text
     assert resolve_batch_size(lab.store, "d" * 64, config, image_size=8, device=CPU) == 128
     assert resolve_batch_size(lab.store, "e" * 64, config, image_size=1024, device=CPU) == 8
-
-
-@pytest.mark.parametrize(
-    ("num_shards", "per_task", "sizes"),
-    [
-        (0, "auto", []),
-        (3, "auto", [3]),
-        (20, "auto", [8, 8, 4]),
-        (1001, "auto", [11] * 91),
-        (5, 2, [2, 2, 1]),
-    ],
-)
-def test_groups_hold_every_shard_once_in_order(num_shards, per_task, sizes):
-    shards = list(range(num_shards))
-    groups = group_shards(shards, per_task)  # type: ignore[arg-type]
-    assert [len(group) for group in groups] == sizes
-    assert [shard for group in groups for shard in group] == shards

@@ -1,0 +1,105 @@
+"""What a worker of any engine is told about a labelling, and how it labels a group of shards."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter
+
+from storage.store import open_store
+from tasks import labeling
+from tasks.classifiers import StoredClassifier, load_classifier
+from tasks.devices import DeviceChoice, resolve_device
+from tasks.labeling import LabelingConfig
+from tasks.predicting import Cut
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """All that the workers of one labelling have in common; plain values that JSON can hold.
+
+    Attributes:
+        store: URL of the store.
+        corpus: digest of the corpus.
+        labeler: address of the predictions.
+        model: fingerprint of the teacher.
+        class_names: label space in the run's order.
+        config: how to label.
+        device: where to compute; not `auto`, so that all workers compute on one type.
+        max_bad_samples: undecodable images that a shard may hold.
+        cut: how the top_k form is cut and calibrated; None: the full form.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    store: str
+    corpus: str
+    labeler: str
+    model: str
+    class_names: tuple[str, ...]
+    config: LabelingConfig
+    device: DeviceChoice
+    max_bad_samples: int
+    cut: Cut | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form in which it is sent."""
+        return _form.dump_python(self, mode="json")
+
+    @classmethod
+    def from_json(cls, sent: dict[str, Any]) -> "LabelJob":
+        """Read the form in which it is sent."""
+        return _form.validate_python(sent)
+
+
+_form = TypeAdapter(LabelJob)
+
+
+def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
+    """Label shards one by one and yield the number of samples of each once it is committed.
+
+    The model is loaded once a process. The first worker to get here settles the batch size for all.
+    """
+    store = open_store(job.store)
+    classifier = _classifier(job)
+    batch_size = labeling.resolve_batch_size(
+        store,
+        job.labeler,
+        job.config,
+        image_size=classifier.description.image_size,
+        device=classifier.device,
+    )
+    yield from labeling.label_shards(
+        store,
+        job.corpus,
+        list(stems),
+        classifier,
+        labeler=job.labeler,
+        precision=job.config.precision,
+        batch_size=batch_size,
+        max_bad_samples=job.max_bad_samples,
+        cut=job.cut,
+    )
+
+
+def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> int:
+    """Label shards in a process that is a cluster's worker, and return the number of samples.
+
+    On one CPU thread, as in the worker processes of this machine: the order of sums, and with it
+    the last bits, may depend on their number.
+    """
+    torch.set_num_threads(1)
+    return sum(label_group(job, stems))
+
+
+# One: the next round's teacher takes the place of the last one's.
+@functools.lru_cache(maxsize=1)
+def _classifier(job: LabelJob) -> StoredClassifier:
+    return load_classifier(
+        open_store(job.store),
+        job.model,
+        device=resolve_device(job.device),
+        class_names=job.class_names,
+    )

@@ -1,0 +1,67 @@
+"""Groups of about equal work: every shard once, in order, and enough for all workers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.corpus import Shard
+from tasks.shard_groups import group_shards, work_of
+
+
+def shards_of(sizes, num_bytes=0):
+    return [Shard(f"s{i:05d}", f"{i:064x}", size, num_bytes) for i, size in enumerate(sizes)]
+
+
+def sizes_of(groups):
+    return [[shard.num_samples for shard in group] for group in groups]
+
+
+def test_work_is_half_the_images_and_half_their_bytes():
+    # 1,000 images of 110 kB: 500 for the network and 110e6 / 100,000 / 2 = 550 to decode.
+    assert work_of(shards_of([1000], num_bytes=110_000_000)) == pytest.approx(1050)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_workers", "expected"),
+    [
+        ([], 2, []),
+        ([5, 5, 5], 1, [[5, 5, 5]]),  # one worker, little work: one group
+        ([5, 5, 5], 2, [[5], [5], [5]]),  # four groups for each of two, but there are three shards
+        ([9, 1, 1, 1, 1, 1], 1, [[9, 1, 1, 1, 1, 1]]),
+    ],
+)
+def test_small_corpora_are_cut_for_the_workers_only(sizes, num_workers, expected):
+    assert sizes_of(group_shards(shards_of(sizes), "auto", num_workers=num_workers)) == expected
+
+
+def test_groups_are_cut_by_work_and_not_by_number():
+    # 160,000 of work in images alone (half counts): 8 groups of 20,000. The large shard is one.
+    sizes = [40_000, *[4_000] * 70]
+    groups = sizes_of(group_shards(shards_of(sizes), "auto", num_workers=1))
+    assert groups == [[40_000]] + [[4_000] * 10] * 7
+
+
+def test_a_large_corpus_has_a_hundred_groups_or_one_for_each_worker():
+    shards = shards_of([100_000] * 10_000)
+    for num_workers, expected in ((8, 100), (300, 300)):
+        groups = group_shards(shards, "auto", num_workers=num_workers)
+        assert len(groups) == expected
+        assert {len(group) for group in groups} <= {10_000 // expected, 10_000 // expected + 1}
+
+
+def test_a_given_number_of_shards_is_obeyed():
+    groups = group_shards(shards_of([1] * 5), 2, num_workers=8)
+    assert [len(group) for group in groups] == [2, 2, 1]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 10**6), max_size=60),
+    num_workers=st.integers(1, 40),
+    num_bytes=st.integers(0, 10**9),
+)
+def test_every_shard_is_in_one_group_and_every_worker_has_one(sizes, num_workers, num_bytes):
+    shards = shards_of(sizes, num_bytes)
+    groups = group_shards(shards, "auto", num_workers=num_workers)
+    assert [shard for group in groups for shard in group] == shards
+    assert all(groups)
+    assert min(num_workers, len(shards)) <= len(groups) <= max(100, num_workers)
