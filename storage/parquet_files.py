@@ -59,6 +59,17 @@ def read_table(
         raise ValueError(f"{where}: not a readable Parquet file: {error}") from error
 
 
+def column_names(data: bytes, *, where: str) -> list[str]:
+    """Return the names of a file's columns, for files whose columns depend on their content.
+
+    Raises: ValueError, naming `where`, if it is not Parquet.
+    """
+    try:
+        return list(_pq.read_schema(arrow.BufferReader(data)).names)
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{where}: not a readable Parquet file: {error}") from error
+
+
 def _version(schema: Any) -> dict[bytes, bytes]:
     metadata: dict[bytes, bytes] = dict(schema.metadata or {})
     return {name: value for name, value in metadata.items() if name.startswith(b"selftrain.")}

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from storage.manifest import (
     read_manifest,
     read_stored,
 )
-from storage.parquet_files import read_table, write_table
+from storage.parquet_files import column_names, read_table, write_table
 from storage.store import Store
 from tasks import provenance
 from tasks.batches import TrainingBatches
@@ -200,13 +200,21 @@ def run_training(
 
 def read_curve(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the learning curve of a finished training, one row a report."""
+    stored = manifest.object("metrics")
+    data, where = read_stored(store, stored), store.url_of(stored.path)
     table = read_table(
-        read_stored(store, manifest.object("metrics")),
-        schema=_CURVE_SCHEMA,
+        data,
+        schema=_curve_schema(column_names(data, where=where)),
         num_rows=manifest.counts["curve_points"],
-        where=store.url_of(manifest.object("metrics").path),
+        where=where,
     )
     return table.to_pylist()
+
+
+def _curve_schema(names: Iterable[str]) -> pa.Schema:
+    """Return the columns that every curve has, and behind them what else the objective logs."""
+    further = sorted(set(names) - set(_CURVE_SCHEMA.names))
+    return pa.schema([*_CURVE_SCHEMA, *((name, pa.float64()) for name in further)])
 
 
 def _selection_manifests(
@@ -258,7 +266,8 @@ def _put_model(
     model_objects = put_model(
         store, specification.fingerprint, weights, description, kind=specification.kind
     )
-    table = pa.Table.from_pylist(curve, schema=_CURVE_SCHEMA)
+    names = {name for point in curve for name in point}
+    table = pa.Table.from_pylist(curve, schema=_curve_schema(names))
     metrics = put_object(store, folder, "metrics", write_table(table), "parquet")
     return Manifest(
         kind=specification.kind,

@@ -15,6 +15,7 @@ from models.optimization import SGDConfig
 from storage.manifest import Manifest, read_stored
 from tasks.classifiers import UnknownModel, read_description
 from tasks.initial_weights import WeightsMismatch, store_initial_weights
+from tasks.training import read_curve
 from tasks.training_inputs import frozen_teacher
 from tasks.training_orders import TrainingOrder, pretraining_config, specify
 
@@ -131,6 +132,9 @@ def test_an_online_student_trains_on_the_unlabelled_corpus(lab):
     assert manifest.counts["pseudo_images_seen"] == 20 * 12
     assert manifest.inputs["unlabeled"].fingerprint == lab.unlabeled.digest
     assert "selection" not in manifest.inputs
+    kept = [row["pseudo_kept"] for row in read_curve(lab.store, manifest)]
+    assert all(0 <= share <= 1 for share in kept)
+    assert len(set(kept)) > 1
 
 
 def test_a_distilled_student_learns_the_classes_without_a_label(pipeline):

@@ -12,7 +12,7 @@ import tasks.batches
 import tasks.provenance
 from models.durations import Duration
 from models.noise import AffineConfig, CutoutConfig, NoiseConfig, RandomResizedConfig
-from models.objectives import DecoupledHeadConfig, JointConfig
+from models.objectives import ConsistencyConfig, DecoupledHeadConfig, JointConfig
 from models.optimization import AdamWConfig, RMSpropTFConfig, SGDConfig, StaircaseConfig
 from storage.checkpoints import newest_checkpoint
 from storage.manifest import read_manifest, read_provenance
@@ -258,6 +258,16 @@ def test_the_curve_has_one_row_a_report_and_null_where_there_is_no_pseudo_label(
     assert rows[1]["learning_rate"] == pytest.approx(0.01)  # half of the peak of 0.02
     assert {row["pseudo_loss"] for row in rows} == {None}
     assert all(0 <= row["labeled_accuracy"] <= 1 for row in rows)
+
+
+def test_the_curve_holds_everything_that_the_objective_logs(lab):
+    config = lab.config(objective=JointConfig(consistency=ConsistencyConfig()))
+    rows = read_curve(lab.store, lab.train(lab.order(config)))
+    usual = ["step", "loss", "learning_rate", "labeled_loss", "labeled_accuracy", "pseudo_loss"]
+    assert list(rows[0]) == [*usual, "pseudo_accuracy", "consistency"]
+    # Known-broken variant: fixed columns, which leave it out.
+    assert all(row["consistency"] > 0 for row in rows)
+    assert {row["pseudo_loss"] for row in rows} == {None}
 
 
 def test_labeled_epochs_and_samples_seen_give_the_steps(lab):
