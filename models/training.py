@@ -189,25 +189,27 @@ def finish(
     next_batch: Callable[[int, int, int], Batch],
     *,
     total_steps: int,
+    ranks: Ranks = ONE_PROCESS,
 ) -> None:
     """Make the final model of a training that has reached its last step, in place.
 
     The mean of weights gets BatchNorm statistics of its own, from the batches of the last 100 steps
-    (all their parts, on every rank alike; a function of the state and the data, so that a training
-    which was interrupted before it gives the same). Without `swa` there is nothing to do.
+    (a function of the state and the data, so that a training which was interrupted before it gives
+    the same). Each rank reads the parts that it trains on. Without `swa` there is nothing to do.
     """
     if state.swa is None:
         return
     assert state.step == total_steps, "the mean of weights is complete after the last step only"
-    num_parts, _ = parts_of_step(config)
+    num_parts, per_rank = parts_of_step(config, ranks.world_size)
     first = max(0, total_steps - _RECOMPUTING_STEPS)
     recompute_batchnorm(
         state.swa,
         (
             _all_images(next_batch(step, part, num_parts))
             for step in range(first, total_steps)
-            for part in range(num_parts)
+            for part in range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
         ),
+        ranks=ranks,
     )
 
 

@@ -165,8 +165,7 @@ def run_training(
                 )
             if group.is_first:
                 keeper.save_if_due(state, curve)
-        if group.is_first:
-            finish(state, config, batches.batch, total_steps=total_steps)
+        finish(state, config, batches.batch, total_steps=total_steps, ranks=group.ranks)
     except NonFiniteTraining as error:
         raise TrainingDiverged(f"{error}. {keeper.last_good()}") from error
     finally:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.ranks import ONE_PROCESS, Ranks
+
 
 class SwaConfig(BaseModel):
     """Mean of the weights at regular steps of the last part of the training.
@@ -64,7 +66,9 @@ def update_swa(mean: nn.Module, model: nn.Module, num_before: int) -> None:
 
 
 @torch.no_grad()
-def recompute_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> None:
+def recompute_batchnorm(
+    model: nn.Module, images: Iterable[Tensor], *, ranks: Ranks = ONE_PROCESS
+) -> None:
     """Replace BatchNorm's running statistics by the mean of those of the given batches, in place.
 
     All else is in evaluation mode, so that neither dropout nor stochastic depth acts and nothing is
@@ -74,6 +78,8 @@ def recompute_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> None:
     Args:
         model: images to logits, such as the mean of `update_swa`, whose statistics fit no weights.
         images: batches (B, 3, H, W), on the model's device, all of one size.
+        ranks: this process among those that each give as many batches of their own; the mean is
+            over the batches of all.
     Source: Izmailov et al. 2018, section 3.2.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -89,6 +95,17 @@ def recompute_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> None:
     try:
         for batch in images:
             model(batch)
+        averages = [
+            average
+            for layer in layers
+            for average in (layer.running_mean, layer.running_var)
+            if average is not None
+        ]
+        for average, mean in zip(averages, ranks.all_reduce_mean(averages), strict=True):
+            average.copy_(mean)
+        for layer in layers:
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked *= ranks.world_size
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

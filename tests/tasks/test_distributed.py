@@ -114,7 +114,7 @@ def ranks(tmp_path_factory):
     return {key: torch.load(folder / f"{key[0]}-{key[1]}.pt") for key in ((1, 0), (2, 0), (2, 1))}
 
 
-@pytest.mark.parametrize("case", ["group", "batch", "fixmatch", "decoupled"])
+@pytest.mark.parametrize("case", ["group", "batch", "fixmatch", "swa", "decoupled"])
 def test_two_ranks_end_where_one_process_with_the_joint_batch_ends(ranks, case):
     # The tensors hold BatchNorm's running averages and the objective's state, too: ranks that keep
     # their own, or take those of rank 0, differ here (by 0.14 when tried); as do gradients that are
@@ -129,6 +129,22 @@ def test_two_ranks_end_where_one_process_with_the_joint_batch_ends(ranks, case):
     )
     assert moved > 0.1
     assert ranks[2, 0][case]["losses"] == ranks[2, 1][case]["losses"]
+
+
+def test_every_rank_takes_its_share_of_the_statistics_for_the_mean_of_weights(ranks):
+    # Twenty steps of training, then the same twenty once more.
+    for rank in (0, 1):
+        assert ranks[2, rank]["asked"]["swa"] == [(step, rank, 2) for step in range(20)] * 2
+    counted = [
+        [
+            value.item()
+            for name, value in ranks[key]["swa"]["tensors"].items()
+            if name.startswith("swa.") and name.endswith("num_batches_tracked")
+        ]
+        for key in ((1, 0), (2, 0), (2, 1))
+    ]
+    assert set(counted[0]) == {40}
+    assert counted[0] == counted[1] == counted[2]
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])

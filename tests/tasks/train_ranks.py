@@ -17,8 +17,8 @@ from models.noise import NoiseConfig
 from models.objectives import Batch, FixMatchConfig, JointConfig
 from models.objectives.fixmatch import DebiasConfig
 from models.objectives.joint import DecoupledHeadConfig
-from models.optimization import EmaConfig, SGDConfig
-from models.training import StepReport, TrainingConfig, initial_state, train
+from models.optimization import EmaConfig, SGDConfig, SwaConfig
+from models.training import StepReport, TrainingConfig, finish, initial_state, train
 from tasks.process_group import joined_group
 
 STEPS, LABELED, RATIO, CLASSES = 20, 4, 2, 3
@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     # A state that is a mean over all ranks' images, and parameters beside the network's.
     "fixmatch": _GROUP
     | {"objective": FixMatchConfig(threshold=0.3, debias=DebiasConfig(momentum=0.9))},
+    # The mean of weights gets BatchNorm statistics from the parts of all ranks.
+    "swa": _BATCH | {"swa": SwaConfig(start_fraction=0.5)},
     "decoupled": _BATCH | {"objective": JointConfig(decoupled_head=DecoupledHeadConfig())},
 }
 
@@ -81,9 +83,9 @@ def trained(case: str, group: Any, ask: Callable[[int, int, int], Batch]) -> dic
     config = config_of(case)
     # Other weights on every rank but the first: they must not matter.
     state = initial_state(config, CLASSES, seed=group.ranks.rank, device="cpu")
-    for module in (state.model, state.ema):
-        assert module is not None
-        module.double()
+    for module in (state.model, state.ema, state.swa):
+        if module is not None:
+            module.double()
     group.share_state(state)
     reports: list[StepReport] = list(
         train(
@@ -99,6 +101,7 @@ def trained(case: str, group: Any, ask: Callable[[int, int, int], Batch]) -> dic
             ranks=group.ranks,
         )
     )
+    finish(state, config, ask, total_steps=STEPS, ranks=group.ranks)
     return {"tensors": state.tensors(), "losses": [report.loss for report in reports]}
 
 
