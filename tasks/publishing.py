@@ -38,6 +38,7 @@ _SUMMARY_FACTS = (
     *("samples", "kept", "unique", "coverage", "precision", "reasons", "classes"),
     *("temperature", "ece_before", "ece_after"),
 )
+_IN_WORDS = {"predictions": "predictions", "selection": "a selection"}
 _THREADS = 4
 
 
@@ -102,11 +103,13 @@ def read_publication(out: str, kind: str) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise OutputMismatch(f"{url} is not an index of selftrain: {error}") from error
-    if not isinstance(index, dict) or index.get("kind") not in ("predictions", "selection"):
+    if not isinstance(index, dict) or index.get("kind") not in _IN_WORDS:
         raise OutputMismatch(f"{url} is not an index of selftrain: choose another folder")
     check_schema(index, INDEX_SCHEMA, where=url)
     if index["kind"] != kind:
-        raise OutputMismatch(f"{out} holds a {index['kind']}, not a {kind}: choose another folder")
+        raise OutputMismatch(
+            f"{out} holds {_IN_WORDS[index['kind']]}, not {_IN_WORDS[kind]}: choose another folder"
+        )
     return index
 
 
@@ -294,8 +297,9 @@ def _refuse_other_identity(out: str, old: Mapping[str, Any], identity: Mapping[s
     for name, wanted in identity.items():
         if canonical_json(old.get(name)) != canonical_json(wanted):
             raise OutputMismatch(
-                f"{out} holds another {identity['kind']}: {name} is {old.get(name)!r} there,"
-                f" {wanted!r} asked for. Choose another folder, or delete this one"
+                f"{out} holds {_IN_WORDS[identity['kind']]} of something else: {name} is"
+                f" {old.get(name)!r} there, {wanted!r} asked for. Choose another folder, or delete"
+                " this one"
             )
 
 

@@ -237,24 +237,29 @@ def test_a_student_trains_as_other_methods_train_theirs(
     assert status.baseline.dev_accuracy is not None
 
 
+# So short a training labels badly.
+LOW_BAR = (
+    "rounds=1",
+    "selection.allow_collapse=true",
+    "selection.threshold={kind: fixed, confidence: 0.05}",
+)
+
+
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
         ("supervised", ()),
         ("distillation", ()),
         ("fixmatch_online", ()),
+        ("noisy_student", ("student.ladder=[]", *LOW_BAR)),
+        ("noisy_student_topk", ("student.ladder=[]", *LOW_BAR)),
+        ("fixmatch_offline", LOW_BAR),
+        ("billion_scale", ("student.finetune.duration={steps: 2}", *LOW_BAR)),
         (
             "curriculum_labeling",
             ("rounds=1", "selection.allow_collapse=true", "student.swa.every_steps=1"),
         ),
-        (
-            "debiased",
-            (
-                "rounds=1",
-                "selection.allow_collapse=true",
-                "selection.threshold={kind: fixed, confidence: 0.05}",
-            ),
-        ),
+        ("debiased", LOW_BAR),
     ],
 )
 def test_a_small_recipe_runs_to_its_end(
