@@ -109,6 +109,16 @@ def selection_folder(fp: str) -> str:
     return f"selections/{_segment(fp)}"
 
 
+def guard_folder(fp: str) -> str:
+    """Return the folder of what the leak guard found in one corpus."""
+    return f"guards/{_segment(fp)}"
+
+
+def descriptor_folder(fp: str) -> str:
+    """Return the folder of descriptors of one kind, shared by every corpus."""
+    return f"descriptors/{_segment(fp)}"
+
+
 def evaluation_folder(fp: str) -> str:
     """Return the folder of an evaluation."""
     return f"evaluations/{_segment(fp)}"

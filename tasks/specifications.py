@@ -13,6 +13,7 @@ _FOLDERS: dict[str, Callable[[str], str]] = {
     "import": addresses.model_folder,
     "train": addresses.model_folder,
     "label": addresses.labeling_folder,
+    "guard": addresses.guard_folder,
     "select": addresses.selection_folder,
     "validate": addresses.evaluation_folder,
     "promote": addresses.evaluation_folder,
