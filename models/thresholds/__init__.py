@@ -1,7 +1,8 @@
 """Which predictions are confident enough to be pseudo-labels.
 
-A fixed threshold needs no look at the corpus. The other rules learn theirs, in passes of map, merge
-and finish over all predictions, so that order and grouping of shards change no bit:
+A fixed threshold needs no look at the corpus, nor do uncertainty and agreement. The other rules
+learn theirs, in passes of map, merge and finish over all predictions, so that order and grouping of
+shards change no bit:
 
     thresholds = begin_thresholds(config, ...)
     while isinstance(thresholds, ThresholdSearch):
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
+from models.thresholds.agreement import AgreementThresholdConfig, is_agreed
 from models.thresholds.class_thresholds import ClassThresholds
 from models.thresholds.configs import (
     ClassAdaptiveFlexConfig,
@@ -32,18 +34,22 @@ from models.thresholds.flex import flex_counts, flex_thresholds
 from models.thresholds.freematch import freematch_sums, freematch_thresholds
 from models.thresholds.histogram_valley import valley_histogram, valley_thresholds
 from models.thresholds.order_statistics import QuantileSearch
+from models.thresholds.uncertainty import UncertaintyThresholdConfig, is_certain
 
 __all__ = [
+    "AgreementThresholdConfig",
     "ClassAdaptiveFlexConfig",
     "ClassThresholds",
     "FinishedThresholds",
     "FixedThresholdConfig",
     "FreeMatchConfig",
+    "GivenThresholds",
     "HistogramValleyConfig",
     "PerClassQuantileConfig",
     "PercentileThresholdConfig",
     "ThresholdConfig",
     "ThresholdSearch",
+    "UncertaintyThresholdConfig",
     "advance_thresholds",
     "begin_thresholds",
     "count_for_thresholds",
@@ -68,7 +74,9 @@ ThresholdConfig = Annotated[
         | PerClassQuantileConfig
         | ClassAdaptiveFlexConfig
         | FreeMatchConfig
-        | HistogramValleyConfig,
+        | HistogramValleyConfig
+        | UncertaintyThresholdConfig
+        | AgreementThresholdConfig,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_fixed_without_kind),
@@ -90,13 +98,16 @@ class ThresholdSearch:
     num_classes: int
 
 
-FinishedThresholds = FixedThresholdConfig | ClassThresholds
+GivenThresholds = FixedThresholdConfig | UncertaintyThresholdConfig | AgreementThresholdConfig
+"""Rules that learn nothing from the corpus: one confidence for all classes, in their settings."""
+
+FinishedThresholds = GivenThresholds | ClassThresholds
 
 
 def begin_thresholds(
     config: ThresholdConfig, *, num_classes: int, round_index: int
 ) -> ThresholdSearch | FinishedThresholds:
-    """The first pass's search; a fixed threshold is finished at once.
+    """The first pass's search; a given threshold is finished at once.
 
     Args:
         config: the rule.
@@ -104,7 +115,7 @@ def begin_thresholds(
         round_index: 1 for the first round, which decides how much `percentile` keeps.
     """
     match config:
-        case FixedThresholdConfig():
+        case FixedThresholdConfig() | UncertaintyThresholdConfig() | AgreementThresholdConfig():
             return config
         case PercentileThresholdConfig():
             keep = kept_fraction(config, round_index)
@@ -179,15 +190,45 @@ def reaches_thresholds(
     thresholds: FinishedThresholds,
     labels: NDArray[np.integer],
     confidences: NDArray[np.floating],
+    *,
+    uncertainty: NDArray[np.floating] | None = None,
+    agreement: NDArray[np.floating] | None = None,
 ) -> NDArray[np.bool_]:
-    """Whether each row reaches the threshold of its class, (N,)."""
-    if isinstance(thresholds, FixedThresholdConfig):
-        return reaches_threshold(confidences, thresholds)
-    return thresholds.are_reached(labels, confidences)
+    """Whether each row reaches the threshold of its class, (N,).
+
+    Args:
+        thresholds: finished.
+        labels: (N,) predicted classes.
+        confidences: (N,) in [0, 1].
+        uncertainty: (N,) deviation of the predicted class's probability, where it was measured.
+        agreement: (N,) share of the votes for the label, where there were several.
+    Raises: ValueError if the rule reads what was not measured.
+    """
+    match thresholds:
+        case FixedThresholdConfig():
+            return reaches_threshold(confidences, thresholds)
+        case UncertaintyThresholdConfig():
+            if uncertainty is None:
+                raise ValueError(
+                    "threshold=uncertainty reads the deviation of predictions, which these do not"
+                    " have: label with labeling.uncertainty"
+                )
+            return is_certain(confidences, uncertainty, thresholds)
+        case AgreementThresholdConfig():
+            if agreement is None:
+                raise ValueError(
+                    "threshold=agreement counts votes, but one prediction was made of each image:"
+                    " label with several teachers, views or dropout passes"
+                )
+            return is_agreed(confidences, agreement, thresholds)
+        case ClassThresholds():
+            return thresholds.are_reached(labels, confidences)
+        case _:
+            assert_never(thresholds)
 
 
 def threshold_values(thresholds: FinishedThresholds) -> float | NDArray[np.float64]:
-    """The fixed threshold, or those of the classes, (C,)."""
-    if isinstance(thresholds, FixedThresholdConfig):
-        return thresholds.confidence
-    return thresholds.values
+    """The one confidence that is asked for, or those of the classes, (C,)."""
+    if isinstance(thresholds, ClassThresholds):
+        return thresholds.values
+    return thresholds.confidence

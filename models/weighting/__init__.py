@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.weighting.configs import (
+    AgreementWeightConfig,
     ConfidenceWeightConfig,
     SoftMatchConfig,
     WeightingConfig,
@@ -23,6 +24,7 @@ from models.weighting.configs import (
 from models.weighting.softmatch import SoftMatchWeights, moment_sums, softmatch_weights
 
 __all__ = [
+    "AgreementWeightConfig",
     "ConfidenceWeightConfig",
     "FinishedWeighting",
     "SoftMatchConfig",
@@ -34,13 +36,17 @@ __all__ = [
     "weights_of",
 ]
 
-FinishedWeighting = WeightNoneConfig | ConfidenceWeightConfig | SoftMatchWeights
+FinishedWeighting = (
+    WeightNoneConfig | ConfidenceWeightConfig | AgreementWeightConfig | SoftMatchWeights
+)
 
 
 def weights_of(
     weighting: FinishedWeighting,
     confidences: NDArray[np.float32],
     log_probs: Callable[[], NDArray[np.floating]],
+    *,
+    agreement: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """The weight of each row in the loss, (N,), at least 0.
 
@@ -48,12 +54,21 @@ def weights_of(
         weighting: the finished rule.
         confidences: (N,) calibrated and debiased.
         log_probs: gives the calibrated (N, C), which SoftMatch aligns; no other rule asks.
+        agreement: (N,) share of the votes for the label, where there were several.
+    Raises: ValueError if votes are to weigh and there were none.
     """
     match weighting:
         case WeightNoneConfig():
             return np.ones(len(confidences), dtype=np.float32)
         case ConfidenceWeightConfig():
             return confidences.astype(np.float32)
+        case AgreementWeightConfig():
+            if agreement is None:
+                raise ValueError(
+                    "weighting=agreement counts votes, but one prediction was made of each image:"
+                    " label with several teachers, views or dropout passes"
+                )
+            return agreement.astype(np.float32)
         case SoftMatchWeights():
             return weighting.of(log_probs())
         case _:

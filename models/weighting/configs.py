@@ -24,6 +24,14 @@ class ConfidenceWeightConfig(BaseModel):
     kind: Literal["confidence"] = "confidence"
 
 
+class AgreementWeightConfig(BaseModel):
+    """A sample weighs the share of teachers, views or dropout passes that vote for its label."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["agreement"] = "agreement"
+
+
 class SoftMatchConfig(BaseModel):
     """A sample weighs a truncated Gaussian of its aligned confidence.
 
@@ -42,5 +50,6 @@ class SoftMatchConfig(BaseModel):
 
 
 WeightingConfig = Annotated[
-    WeightNoneConfig | ConfidenceWeightConfig | SoftMatchConfig, Field(discriminator="kind")
+    WeightNoneConfig | ConfidenceWeightConfig | AgreementWeightConfig | SoftMatchConfig,
+    Field(discriminator="kind"),
 ]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from models.calibration import apply_temperature
 from models.debiasing import aligning_offsets
 from models.weighting import (
+    AgreementWeightConfig,
     ConfidenceWeightConfig,
     SoftMatchWeights,
     WeightNoneConfig,
@@ -34,6 +35,16 @@ def test_softmatch_matches_the_golden_values():
     # that forgets the truncation gives .135 at .9, too; the one that divides by n, .607 at .7.
     found = truncated_gaussian(np.array([0.9, 0.8, 0.7, 0.6]), mean=0.8, variance=0.01, n=2)
     assert found == pytest.approx([1, 1, 0.135335, 0.000335], abs=5e-7)
+
+
+def test_agreement_weighs_the_share_of_votes():
+    agreement = np.array([1.0, 0.5], np.float32)
+    found = weights_of(
+        AgreementWeightConfig(), np.array([0.3, 0.9], np.float32), unread, agreement=agreement
+    )
+    assert found.tolist() == [1.0, 0.5]
+    with pytest.raises(ValueError, match="one prediction was made of each image"):
+        weights_of(AgreementWeightConfig(), np.array([0.3], np.float32), unread)
 
 
 def test_mean_and_variance_are_of_all_rows_of_all_shards():
