@@ -42,6 +42,15 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated."),
 ]
+MachineSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Where and how to compute, for this attempt: launch, engine, cache, device,"
+        " loader_threads or materialize; may be repeated.",
+    ),
+]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run in the store.")]
 Config = Annotated[str, typer.Argument(help="A YAML file, or a recipe: see `selftrain recipes`.")]
 
@@ -53,7 +62,9 @@ def run(
 ) -> None:
     """Run a config from the first stage that the store does not hold to the last.
 
-    A run of this name and config goes on where it was; with another config it is refused.
+    A run of this name and config goes on where it was; with another config it is refused. `launch`,
+    `engine`, `cache`, `device`, `loader_threads` and `materialize` may differ: they are in no
+    fingerprint.
 
     Example: `selftrain run cifar10 --store ./store --name first-try --set rounds=2`
     """
@@ -65,17 +76,19 @@ def run(
 
 @app.command()
 @reporting_errors
-def resume(run: Run, store: Store = None, as_json: Json = False) -> None:
+def resume(run: Run, store: Store = None, sets: MachineSets = None, as_json: Json = False) -> None:
     """Go on with a run: finished stages are found in the store, begun ones continue.
 
     Example: `selftrain resume demo --store ./selftrain-store`
+
+    On another machine: `selftrain resume my-run --set launch.processes=2 --set cache=null`
     """
-    from flows.opening import reopen_run
+    from flows.opening import reopened_config
     from storage.store import open_store
 
     opened = open_store(store_url(store))
-    stored = reopen_run(opened, run).config
-    _run_and_show(stored.model_copy(update={"store": opened.url}), as_json)
+    config = reopened_config(opened, run, sets or [])
+    _run_and_show(config.model_copy(update={"store": opened.url}), as_json)
 
 
 @app.command()

@@ -40,6 +40,16 @@ def load_config(
     return parse_config(document, where=source)
 
 
+def override_config(
+    config: SelfTrainingConfig, overrides: Sequence[str], *, where: str
+) -> SelfTrainingConfig:
+    """Return a config of `where` with `dotted.key=value` overrides; raises ConfigError."""
+    document = config.model_dump(mode="json", by_alias=True)
+    for override in overrides:
+        _apply_override(document, override)
+    return parse_config(document, where=where)
+
+
 def parse_config(document: dict[str, Any], *, where: str) -> SelfTrainingConfig:
     """Validate a config that was read from `where`; raises ConfigError."""
     try:

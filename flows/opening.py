@@ -1,13 +1,14 @@
 """Open a run: resolve what its config names, pin it in the store, and read the pins on resume."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
 from flows.corpora import index_corpus
+from flows.loading import ConfigError, override_config
 from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
 from flows.trained_models import GivenTeacher, StudentConfig, TrainedTeacher
 from models.training import TrainingConfig
@@ -22,6 +23,10 @@ from tasks.launching import LocalLaunch
 from tasks.stream_sources import refuse_cache_without_room
 
 PINS_SCHEMA = 1
+
+MACHINE_SETTINGS = ("device", "cache", "loader_threads", "materialize", "launch", "engine")
+"""Keys that say where and how a run computes. They are in no fingerprint, and each attempt at a run
+may have its own."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class OpenRun:
     Attributes:
         store: where everything is.
         name: of the run.
-        config: as pinned; it may differ from the file that it came from.
+        config: as pinned, it may differ from the file that it came from; its machine settings are
+            those of this attempt.
         pins: its inputs.
         num_labeled: images of the labelled corpus.
     """
@@ -70,7 +76,7 @@ class OpenRun:
 
 
 def open_run(store: Store, config: SelfTrainingConfig) -> OpenRun:
-    """Pin a new run, or go on with the run of this name if its config is the same.
+    """Pin a new run, or go on with the run of this name if its config computes the same.
 
     Raises: RunExists, naming the keys that differ; and whatever is wrong with the data: no shard,
         a missing or damaged one, a class without label, a split with other classes; CacheTooSmall.
@@ -79,7 +85,6 @@ def open_run(store: Store, config: SelfTrainingConfig) -> OpenRun:
         return check_same(reopen_run(store, config.name), config)
     except UnknownRun:
         pins = resolve_inputs(store, config)
-    # A larger cache is another config: a run that is there already could not be given one.
     refuse_without_room(store, config, pins)
     body = {
         "schema": PINS_SCHEMA,
@@ -99,6 +104,27 @@ def reopen_run(store: Store, name: str) -> OpenRun:
     pins = TypeAdapter(Pins).validate_python(body["pins"])
     num_labeled = load_corpus(store, pins.labeled).num_samples
     return OpenRun(store, name, config, pins, num_labeled)
+
+
+def reopened_config(store: Store, name: str, overrides: Sequence[str]) -> SelfTrainingConfig:
+    """Return the config to go on with a run: the pinned one, under other machine settings.
+
+    Args:
+        store: that holds the run.
+        name: of the run.
+        overrides: `dotted.key=value` of machine settings, for this attempt.
+    Raises: UnknownRun; ConfigError for a key that belongs to the run, or a value that does not fit.
+    """
+    pinned = reopen_run(store, name).config
+    for override in overrides:
+        key = override.partition("=")[0].split(".")[0]
+        if key not in MACHINE_SETTINGS:
+            raise ConfigError(
+                f"--set {override}: a run keeps its config; only {', '.join(MACHINE_SETTINGS)} may"
+                " change when it is resumed. Run the changed config under another --name: finished"
+                " stages that it shares are found"
+            )
+    return override_config(pinned, overrides, where=f"run {name}")
 
 
 def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
@@ -160,13 +186,22 @@ def _stored_config(config: SelfTrainingConfig) -> dict[str, Any]:
 
 
 def check_same(run: OpenRun, config: SelfTrainingConfig) -> OpenRun:
-    """Return the run if it has this config; raises RunExists, naming the keys that differ."""
-    there, wanted = _stored_config(run.config), _stored_config(config)
+    """Return the run under the machine settings of a config that is else the same.
+
+    Raises: RunExists, naming the keys that differ.
+    """
+    own = {key: getattr(config, key) for key in MACHINE_SETTINGS}
+    here = replace(run, config=run.config.model_copy(update=own))
+    there, wanted = _stored_config(here.config), _stored_config(config)
     if canonical_json(there) != canonical_json(wanted):
         # Let the store name the keys.
-        create_run(run.store, run.name, {**read_run_config(run.store, run.name), "config": wanted})
+        body = read_run_config(run.store, run.name)
+        pinned: dict[str, Any] = body["config"]
+        results = {key: value for key, value in wanted.items() if key not in MACHINE_SETTINGS}
+        kept = {key: pinned[key] for key in MACHINE_SETTINGS if key in pinned}
+        create_run(run.store, run.name, {**body, "config": results | kept})
         raise RunExists(f"run {run.name!r} has another config")
-    return run
+    return here
 
 
 def _as_shards(store: Store, config: SelfTrainingConfig) -> ShardsData:

@@ -146,12 +146,20 @@ def test_status_and_list_say_what_run_said(demo: Demo) -> None:
     assert "demo" in _invoke("list", demo).stdout
 
 
-def test_resume_of_a_finished_run_recomputes_nothing(demo: Demo) -> None:
-    resumed = _invoke("resume", "demo", demo, "--json")
+def test_resume_of_a_finished_run_recomputes_nothing_whatever_its_launch(demo: Demo) -> None:
+    resumed = _invoke("resume", "demo", demo, "--json", "--set=launch.processes=auto")
 
     status = json.loads(resumed.stdout)
     assert status["model_url"] == demo.status["model_url"]
     assert {s["state"] for one in status["rounds"] for s in one["stages"]} == {"reused"}
+
+
+def test_resume_changes_nothing_that_results_depend_on(demo: Demo) -> None:
+    refused = _invoke("resume", "demo", demo, "--set=rounds=3", expect=2)
+    assert (
+        "only device, cache, loader_threads, materialize, launch, engine may change"
+        in refused.stderr
+    )
 
 
 def test_plan_shows_what_is_there_and_what_a_longer_run_would_cost(demo: Demo) -> None:

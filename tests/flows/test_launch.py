@@ -59,6 +59,24 @@ def test_the_launch_gets_to_the_launcher_and_its_refusal_ends_the_run(
     assert [options["launch"] for options in asked] == [LocalLaunch(processes=2)]
 
 
+def test_a_resumed_run_is_launched_as_it_is_resumed(
+    tmp_path: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def refuse(store: Any, fingerprint: str, **options: Any) -> None:
+        asked.append((fingerprint, options["launch"]))
+        raise TrainingRefused("no machine would take it")
+
+    monkeypatch.setattr(tasks.stages, "launch_worker", refuse)
+    for processes in (1, 2):
+        with pytest.raises(TrainingRefused):
+            self_training(tiny_config(tmp_path / "store", f"launch={{processes: {processes}}}"))
+    (first, alone), (second, together) = asked
+    assert first == second  # one training, whose checkpoints are found
+    assert (alone, together) == (LocalLaunch(processes=1), LocalLaunch(processes=2))
+
+
 def test_the_launch_changes_no_fingerprint(tmp_path: Path, tiny_config: MakeConfig) -> None:
     from flows.opening import resolve_inputs
     from storage.store import open_store

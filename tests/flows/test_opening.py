@@ -9,13 +9,21 @@ import torch
 from safetensors.torch import save_file
 
 from flows.config import SelfTrainingConfig
-from flows.opening import open_run, reopen_run, resolve_inputs
+from flows.loading import ConfigError
+from flows.opening import (
+    MACHINE_SETTINGS,
+    open_run,
+    reopen_run,
+    reopened_config,
+    resolve_inputs,
+)
 from storage.corpus import EmptyCorpus, MissingShard, load_corpus, load_locations, read_samples
 from storage.manifest import UnknownSchema, read_stored, sealed
 from storage.runs import RunExists, UnknownRun, read_run_config
 from storage.samples import CorruptShard
 from tasks.classifiers import ClassesMismatch, UnknownModel
 from tasks.initial_weights import WeightsMismatch, initial_weights_path
+from tasks.launching import ExternalLaunch, LocalLaunch
 
 TRAINING = {
     "architecture": {"kind": "small_cnn", "width": 4, "depth": 1},
@@ -107,6 +115,44 @@ def test_another_config_under_the_same_name_names_the_keys(store, data):
     assert "config.rounds is 2 there, 3 asked for" in message
     assert "config.student.batch_size is 6 there, 8 asked for" in message
     assert "--name" in message
+
+
+def test_a_run_goes_on_under_other_machine_settings_and_keeps_its_pins(store, data, tmp_path):
+    first = open_run(store, config_of(data))
+    moved = {
+        "device": "cpu",
+        "cache": {"dir": str(tmp_path / "cache"), "max_bytes": 2**30},
+        "loader_threads": 3,
+        "materialize": "never",
+        "launch": {"kind": "local", "processes": 2},
+        "engine": {"kind": "local", "processes": 0, "threads": 1},
+    }
+    assert moved.keys() == set(MACHINE_SETTINGS)
+    second = open_run(store, config_of(data, **moved))
+    assert second.pins == first.pins
+    assert second.config.model_dump(mode="json", include=set(moved)) == moved
+    rest = set(SelfTrainingConfig.model_fields) - set(moved)
+    assert second.config.model_dump(include=rest) == first.config.model_dump(include=rest)
+    assert reopen_run(store, "tiny") == first  # the next attempt begins with what was pinned
+    with pytest.raises(RunExists) as caught:
+        open_run(store, config_of(data, rounds=3, **moved))
+    assert "config.rounds is 2 there, 3 asked for." in str(caught.value)
+    assert "launch" not in str(caught.value)  # what may differ is not held against it
+
+
+def test_resume_takes_machine_settings_and_no_others(store, data):
+    open_run(store, config_of(data, loader_threads=5))
+    config = reopened_config(store, "tiny", ["launch.processes=2", "cache=null", "device=cpu"])
+    assert (config.launch, config.device) == (LocalLaunch(processes=2), "cpu")
+    assert config.loader_threads == 5
+    assert open_run(store, config).config == config
+    assert reopened_config(store, "tiny", []) == reopen_run(store, "tiny").config
+    external = reopened_config(store, "tiny", ["launch.kind=external", "launch.poll_seconds=1"])
+    assert external.launch == ExternalLaunch(poll_seconds=1)
+    with pytest.raises(ConfigError, match=r"--set student\.batch_size=8: a run keeps its config"):
+        reopened_config(store, "tiny", ["student.batch_size=8"])
+    with pytest.raises(ConfigError, match=r"launch\.processes=5 does not fit teacher"):
+        reopened_config(store, "tiny", ["launch.processes=5"])
 
 
 def test_resume_obeys_the_pins_and_not_what_urls_hold_today(lab, store, data):
