@@ -15,10 +15,11 @@ from flows.trained_models import (
     check_training,
     resulting_size,
 )
-from models.architectures import architecture_name
+from models.architectures import architecture_at, architecture_name
 from models.finetuning import FinetuneConfig
 from models.ranks import parts_of_step
 from models.training import TrainingConfig
+from models.views import check_views
 from storage.shard_cache import CacheConfig
 from tasks.labeling import LabelingConfig
 from tasks.launching import ONE_LOCAL_PROCESS, LaunchConfig, LocalLaunch
@@ -195,6 +196,7 @@ class SelfTrainingConfig(_Config):
         if isinstance(self.teacher, TrainedTeacher):
             check_training(self.teacher.training(), self.teacher.followers(), named="teacher")
         self._refuse_useless_settings(student)
+        self._refuse_impossible_labeling(student)
         self._refuse_other_architectures(student)
         self._refuse_teachers_of_another_size(student)
         return self
@@ -262,6 +264,28 @@ class SelfTrainingConfig(_Config):
                 " reads nothing of its teacher: later rounds would repeat the first under another"
                 " seed. Set rounds: 1, or init: {kind: teacher}"
             )
+
+    def _refuse_impossible_labeling(self, student: StudentConfig) -> None:
+        """Refuse views that a teacher cannot be shown, and rules that read what is not measured."""
+        labeling = self.labeling
+        labeling.check_members()
+        reader = self.selection.reads_several_predictions
+        if reader == "threshold=uncertainty" and labeling.uncertainty.kind == "none":
+            raise ValueError(
+                "selection.threshold.kind=uncertainty reads a deviation that is not measured: set"
+                " labeling.uncertainty, for example {kind: mc_dropout}"
+            )
+        if reader is not None and labeling.num_members() == 1:
+            raise ValueError(
+                f"selection.{reader} counts votes, but one prediction is made of each image: set"
+                " labeling.view or labeling.uncertainty"
+            )
+        teachers = [(student.for_round(i), student.followers()) for i in range(1, self.rounds)]
+        if isinstance(self.teacher, TrainedTeacher):
+            teachers.append((self.teacher.training(), self.teacher.followers()))
+        for config, followers in teachers:
+            size = resulting_size(config, followers)
+            check_views(labeling.view, architecture_at(config.architecture, size), size)
 
     def _refuse_other_architectures(self, student: StudentConfig) -> None:
         """Refuse weights to start from that cannot fit every round's network."""

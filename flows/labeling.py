@@ -16,7 +16,7 @@ from flows import engines
 from flows.engine_config import LOCAL_ENGINE, EngineConfig, LocalEngine
 from flows.graph import View
 from storage.corpus import Shard, load_corpus
-from storage.store import open_store
+from storage.store import Store, open_store
 from tasks import labeling
 from tasks.calibrating import dev_temperature
 from tasks.classifiers import read_description
@@ -48,8 +48,9 @@ def label_corpus(
     label: str = "label",
     artifact: str = "label",
     validation: str | None = None,
+    more_models: list[str] | None = None,
 ) -> Reference | State:
-    """Label every shard of a corpus that the model has not labelled yet.
+    """Label every shard of a corpus that the model, or the ensemble, has not labelled yet.
 
     Args:
         store: URL of the store.
@@ -64,19 +65,14 @@ def label_corpus(
         artifact: key of the progress artifact.
         validation: fingerprint of the model's validation on dev, whose temperature the top_k form
             is calibrated by; the full form does not read it.
+        more_models: fingerprints of further teachers, whose predictions are averaged with the
+            first one's; class orders are matched by name, and the order of teachers means nothing.
     """
     started = time.monotonic()
     opened = open_store(store)
     config = config or LabelingConfig()
-    description = read_description(opened, model)
-    class_names = class_names or list(description.class_names)
-    labeler = labeling.labeler_fingerprint(
-        config,
-        teacher=model,
-        view=View.of(description).to_json(),
-        class_names=class_names,
-        validation=validation,
-    )
+    models = [model, *(more_models or [])]
+    labeler, class_names = labeler_of(opened, models, config, class_names, validation=validation)
     specification = labeling.specify(labeler=labeler, corpus=corpus)
     there = reused(opened, specification)
     if there is not None:
@@ -98,7 +94,7 @@ def label_corpus(
             store=opened.url,
             corpus=corpus,
             labeler=labeler,
-            model=model,
+            models=tuple(models),
             class_names=tuple(class_names),
             config=config,
             device=engines.device_of(engine, device),
@@ -107,6 +103,41 @@ def label_corpus(
         )
         _label_all(job, missing, engine, progress)
     return reference(labeling.finish(opened, specification, seconds=time.monotonic() - started))
+
+
+def labeler_of(
+    store: Store,
+    models: Sequence[str],
+    config: LabelingConfig,
+    class_names: Sequence[str] | None = None,
+    *,
+    validation: str | None = None,
+) -> tuple[str, list[str]]:
+    """Return the address of one or several teachers' predictions, and their label space.
+
+    Args:
+        store: holds the models.
+        models: fingerprints.
+        config: how to label.
+        class_names: label space; default: the first model's own.
+        validation: fingerprint of what calibrates the top_k form.
+    Raises: ValueError for a model that is named twice, or a setting without effect.
+    """
+    if len(set(models)) < len(models):
+        raise ValueError(f"a teacher is named twice: {', '.join(one[:12] for one in models)}")
+    descriptions = {model: read_description(store, model) for model in models}
+    views = {model: View.of(one).to_json() for model, one in descriptions.items()}
+    names = list(class_names or descriptions[models[0]].class_names)
+    first, *others = models
+    labeler = labeling.labeler_fingerprint(
+        config,
+        teacher=first,
+        view=views[first],
+        class_names=names,
+        validation=validation,
+        more_teachers={model: views[model] for model in others},
+    )
+    return labeler, names
 
 
 def _label_all(

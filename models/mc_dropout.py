@@ -17,18 +17,18 @@ def dropout_passes(network: nn.Module, *, passes: int, rate: float, seed: int) -
     Nothing else of the network changes, and BatchNorm stays in evaluation mode.
 
     Args:
-        network: with one dropout layer, whatever its rate; all of `models.architectures` have it
-            before their last linear layer.
+        network: its last dropout layer is meant, whatever its rate; all of `models.architectures`
+            have one right before their last linear layer, and train with no other.
         passes: P.
         rate: share of units that is dropped, in (0, 1).
         seed: of the dropped units, the same on every device; each call goes on in their stream.
-    Raises: ValueError if the network has no dropout layer, or several.
+    Raises: ValueError if the network has no dropout layer.
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
-    if len(layers) != 1:
+    if not layers:
         raise ValueError(
-            f"MC-dropout needs a network with one dropout layer, {type(network).__name__} has "
-            f"{len(layers)}: choose another architecture, or uncertainty=views"
+            f"MC-dropout needs a dropout layer, and {type(network).__name__} has none: choose"
+            " another architecture, or uncertainty=views"
         )
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +38,7 @@ def dropout_passes(network: nn.Module, *, passes: int, rate: float, seed: int) -
         kept = torch.rand(repeated.shape, generator=generator) >= rate
         return repeated * kept.to(x.device) / (1 - rate)
 
-    handle = layers[0].register_forward_pre_hook(repeat_and_drop)
+    handle = layers[-1].register_forward_pre_hook(repeat_and_drop)
     try:
         yield
     finally:

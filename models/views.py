@@ -1,7 +1,7 @@
 """The views of an image that a teacher labels: boxes to cut out, sizes to resize to, mirror images.
 
-Geometry alone. The network's own clean view is the central square of side
-min(width, height) * size / (size + crop_padding).
+Geometry alone. The network's own clean view is the central square whose side is the share
+size / (size + crop_padding) of the image's shorter side.
 """
 
 from dataclasses import dataclass
@@ -121,13 +121,15 @@ class View:
     """One view of one image.
 
     Attributes:
-        box: what is cut out.
-        size: side of the square that it is resized to, pixels.
-        is_mirrored: left to right, after the resize.
+        size: side of the square that is shown, pixels.
+        box: what is cut out and resized to it; None for the clean view's square.
+        crop_padding: of the clean view at this size; 0 with a box.
+        is_mirrored: left to right, at last.
     """
 
-    box: Box
     size: int
+    box: Box | None = None
+    crop_padding: int = 0
     is_mirrored: bool = False
 
 
@@ -161,13 +163,6 @@ def check_views(config: ViewConfig, architecture: ArchitectureConfig, size: int)
             ) from error
 
 
-def central_box(width: int, height: int, size: int, crop_padding: int) -> Box:
-    """Return the box of the clean view: the centre, of side size / (size + crop_padding)."""
-    side = min(width, height) * size / (size + crop_padding)
-    left, top = (width - side) / 2, (height - side) / 2
-    return (left, top, left + side, top + side)
-
-
 def views_of(
     config: ViewConfig,
     *,
@@ -190,18 +185,17 @@ def views_of(
         key: of the sample; only `k_random` reads it.
     Returns: as many as `view_sizes` gives, of these sizes.
     """
-    clean = central_box(width, height, size, crop_padding)
     match config:
         case CleanViewConfig():
-            return (View(clean, size),)
+            return (View(size, None, crop_padding),)
         case HflipViewConfig():
-            return (View(clean, size), View(clean, size, True))
+            return tuple(View(size, None, crop_padding, mirrored) for mirrored in (False, True))
         case MultiScaleViewConfig():
-            mirrored = (False, True) if config.flip else (False,)
+            # The same share of the image at every size, up to a pixel.
             return tuple(
-                View(clean, round(size * scale), is_mirrored)
+                View(round(size * scale), None, round(crop_padding * scale), mirrored)
                 for scale in config.scales
-                for is_mirrored in mirrored
+                for mirrored in ((False, True) if config.flip else (False,))
             )
         case FiveCropViewConfig():
             side = config.fraction * min(width, height)
@@ -209,8 +203,14 @@ def views_of(
             top, bottom = (0, side), (height - side, height)
             central = ((width - side) / 2, (width + side) / 2)
             middle = ((height - side) / 2, (height + side) / 2)
-            squares = [(left, top), (right, top), (left, bottom), (right, bottom), (central, middle)]
-            return tuple(View((x[0], y[0], x[1], y[1]), size) for x, y in squares)
+            squares = [
+                (left, top),
+                (right, top),
+                (left, bottom),
+                (right, bottom),
+                (central, middle),
+            ]
+            return tuple(View(size, (x[0], y[0], x[1], y[1])) for x, y in squares)
         case KRandomViewConfig():
             return _random_views(config, width, height, size, stream, key)
         case _:
@@ -234,6 +234,6 @@ def _random_views(
     corners = cast("list[list[int]]", boxes.tolist())  # pyright: ignore[reportUnknownMemberType]
     mirrored = cast("list[bool]", is_mirrored.tolist())  # pyright: ignore[reportUnknownMemberType]
     return tuple(
-        View((x, y, right, bottom), size, m)
+        View(size, (x, y, right, bottom), is_mirrored=m)
         for (x, y, right, bottom), m in zip(corners, mirrored, strict=True)
     )

@@ -1,5 +1,6 @@
 """Predictions as Parquet: one schema per form, each with a version of its own."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,8 @@ from storage.prediction_values import SCALARS, Listed, Predictions, check_predic
 SCHEMA_VERSION = 1
 """Of the full form without optional columns."""
 TOP_K_VERSION = 1
-UNCERTAINTY_VERSION = 1
+OPTIONAL_VERSION = 1
+"""Of each optional column."""
 
 SCHEMA: Any = arrow.schema(
     [
@@ -28,14 +30,14 @@ _LISTS_AT = 5  # before logsumexp
 
 
 def predictions_schema(
-    num_classes: int, *, k: int | None = None, has_uncertainty: bool = False
+    num_classes: int, *, k: int | None = None, optional: Sequence[str] = ()
 ) -> Any:
     """Return the Parquet schema.
 
     Args:
         num_classes: C.
         k: classes listed of each row; None for the full form.
-        has_uncertainty: whether there is the optional column.
+        optional: which of the optional columns there are.
     """
     versions: dict[str, str] = {"selftrain.predictions": str(SCHEMA_VERSION)}
     schema = SCHEMA
@@ -49,9 +51,9 @@ def predictions_schema(
             .insert(_LISTS_AT + 1, _list_field("log_probs", arrow.float16(), k))
             .insert(_LISTS_AT + 2, rest)
         )
-    if has_uncertainty:
-        versions["selftrain.predictions.uncertainty"] = str(UNCERTAINTY_VERSION)
-        schema = schema.append(arrow.field("uncertainty", arrow.float32(), nullable=False))
+    for name in optional:
+        versions[f"selftrain.predictions.{name}"] = str(OPTIONAL_VERSION)
+        schema = schema.append(arrow.field(name, arrow.float32(), nullable=False))
     return schema.with_metadata(versions)
 
 
@@ -59,7 +61,7 @@ def to_parquet(predictions: Predictions) -> bytes:
     """Return the file's bytes, the same for the same predictions."""
     check_predictions(predictions)
     p = predictions
-    schema = predictions_schema(p.num_classes, k=p.k, has_uncertainty=p.uncertainty is not None)
+    schema = predictions_schema(p.num_classes, k=p.k, optional=p.optional)
     columns: list[Any] = []
     for field in schema:
         values: Any = p.listed if field.name in ("class_ids", "rest_mass") else p
@@ -82,13 +84,13 @@ def from_parquet(
     num_classes: int,
     where: str,
     k: int | None = None,
-    has_uncertainty: bool = False,
+    optional: Sequence[str] = (),
 ) -> Predictions:
     """Read a file of that many rows and classes and of that form, and check it.
 
     Raises: ValueError, naming `where`, for another schema or count and for refused values.
     """
-    schema = predictions_schema(num_classes, k=k, has_uncertainty=has_uncertainty)
+    schema = predictions_schema(num_classes, k=k, optional=optional)
     table = read_table(data, schema=schema, num_rows=num_samples, where=where)
 
     def matrix(name: str) -> Any:
@@ -102,8 +104,7 @@ def from_parquet(
         keys=tuple(cast("list[str]", table.column("key").to_pylist())),
         log_probs=matrix("log_probs"),
         listed=listed,
-        uncertainty=column(table, "uncertainty") if has_uncertainty else None,
-        **{name: column(table, name) for name in SCALARS},
+        **{name: column(table, name) for name in (*SCALARS, *optional)},
     )
     try:
         check_predictions(predictions)

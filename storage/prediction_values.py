@@ -23,6 +23,9 @@ SCALARS: dict[str, type[np.generic]] = {
 }
 """The columns of one value a row that every form has."""
 
+OPTIONAL = ("uncertainty", "agreement")
+"""The columns of one float32 a row that predictions have where several were made of every image."""
+
 # Half floats of log-probabilities near 0 to -8 are off by at most 2**-9, so a row's sum by 0.2 %.
 _SUM_TOLERANCE = 0.01
 
@@ -63,6 +66,8 @@ class Predictions:
         listed: the classes of the top_k form; None in the full form.
         uncertainty: (N,) float32, standard deviation of the predicted class's probability over the
             passes, views or teachers that were averaged; None where it was not computed.
+        agreement: (N,) float32 in [0, 1], share of the passes, views and teachers whose class is
+            the label; None where one prediction was made.
     """
 
     keys: tuple[str, ...]
@@ -75,6 +80,7 @@ class Predictions:
     true_label: NDArray[np.int32]
     listed: Listed | None = None
     uncertainty: NDArray[np.float32] | None = None
+    agreement: NDArray[np.float32] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -85,6 +91,11 @@ class Predictions:
     def num_classes(self) -> int:
         """C."""
         return self.log_probs.shape[1] if self.listed is None else self.listed.num_classes
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Which of the optional columns there are."""
+        return tuple(name for name in OPTIONAL if getattr(self, name) is not None)
 
     @property
     def form(self) -> Form:
@@ -128,8 +139,7 @@ def _check_shapes(p: Predictions) -> None:
     wanted: list[tuple[str, Any, tuple[int, ...], type[np.generic]]] = [
         (name, getattr(p, name), (n,), kind) for name, kind in SCALARS.items()
     ]
-    if p.uncertainty is not None:
-        wanted.append(("uncertainty", p.uncertainty, (n,), np.float32))
+    wanted += [(name, getattr(p, name), (n,), np.float32) for name in p.optional]
     if p.listed is not None:
         k = p.log_probs.shape[1]
         if not 1 <= k <= p.listed.num_classes:
@@ -159,6 +169,8 @@ def _problems(p: Predictions) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     yield "the entropy is negative", p.entropy < -0.0001
     if p.uncertainty is not None:
         yield "the uncertainty is negative", p.uncertainty < 0
+    if p.agreement is not None:
+        yield "the agreement is not in [0, 1]", (p.agreement < 0) | (p.agreement > 1)
     if p.listed is not None:
         ids, rest = p.listed.class_ids, p.listed.rest_mass
         yield "a listed class is not a class", ids.max(axis=1) >= p.num_classes
@@ -173,7 +185,7 @@ def _problems(p: Predictions) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 def _finite_rows(p: Predictions) -> NDArray[np.bool_]:
     finite = cast("NDArray[np.bool_]", np.isfinite(p.log_probs).all(axis=1))
     scalars = [p.confidence, p.margin, p.entropy, p.logsumexp]
-    scalars += [] if p.uncertainty is None else [p.uncertainty]
+    scalars += [cast("NDArray[np.float32]", getattr(p, name)) for name in p.optional]
     scalars += [] if p.listed is None else [p.listed.rest_mass]
     for values in scalars:
         finite &= np.isfinite(values)

@@ -93,7 +93,7 @@ def write_predictions(
     folder = prediction_folder(labeler)
     stored = put_object(store, folder, shard_digest, data, "parquet", crash_kind=CRASH_KIND)
     crash_points.reach(f"{CRASH_KIND}.between_data_and_record")
-    body = {
+    body: dict[str, Any] = {
         "schema": _RECORD_SCHEMAS[0],
         "labeler": labeler,
         "shard": shard_digest,
@@ -104,9 +104,9 @@ def write_predictions(
     }
     if prob_sums is not None:
         body |= {"k": predictions.k, "prob_sums": _encoded(prob_sums, predictions.num_classes)}
-    if predictions.uncertainty is not None:
-        body["has_uncertainty"] = True
-    if "k" in body or "has_uncertainty" in body:
+    if predictions.optional:
+        body["optional"] = list(predictions.optional)
+    if "k" in body or "optional" in body:
         body["schema"] = _RECORD_SCHEMAS[1]
     path = record_path(labeler, shard_digest)
     there = create_record(store, path, body)
@@ -163,7 +163,7 @@ def read_predictions(store: Store, record: Mapping[str, Any]) -> Predictions:
         num_classes=record["num_classes"],
         where=store.url_of(stored.path),
         k=record.get("k"),
-        has_uncertainty=record.get("has_uncertainty", False),
+        optional=record.get("optional", ()),
     )
 
 
@@ -172,13 +172,13 @@ def read_columns(
 ) -> dict[str, NDArray[Any]]:
     """Read some columns only, each (N,): what the passes of selection need of a large corpus.
 
-    `key` is an array of str objects. `uncertainty` and `rest_mass` are known where the record's
+    `key` is an array of str objects. The optional ones and `rest_mass` are known where the record's
     predictions have them. `class_ids` and `log_probs` are refused: use `read_predictions`.
     """
     schema = predictions_schema(
         record["num_classes"],
         k=record.get("k"),
-        has_uncertainty=record.get("has_uncertainty", False),
+        optional=record.get("optional", ()),
     )
     known = [name for name in schema.names if name not in ("class_ids", "log_probs")]
     if unknown := [name for name in names if name not in known]:

@@ -24,6 +24,7 @@ from storage.samples import sample_key
 from storage.store import Store
 from tasks import provenance
 from tasks.classifiers import StoredClassifier, class_order, model_manifest
+from tasks.ensembles import Ensemble
 from tasks.images import CONVERSION
 from tasks.predicting import Predicted, predict_samples
 from tasks.shard_items import BadSampleBudget
@@ -180,14 +181,15 @@ def _predict_split(
     assert corpus.class_names is not None, "splits are checked when the run is opened"
     # Label i of the split's .cls members is class to_run[i] of the run.
     to_run = class_order(classifier.class_names, corpus.class_names, model="the run")
+    ensemble = Ensemble((classifier,))
     parts: list[tuple[str, Predicted]] = []
     bad: dict[str, str] = {}
     for shard in corpus.shards:
         budget = BadSampleBudget(shard.stem, max_bad_samples)
         predicted = predict_samples(
             read_samples(corpus, locations, shard.stem),
-            classifier,
-            precision="fp32",
+            ensemble,
+            shard=shard.digest,
             batch_size=_BATCH_SIZE,
             budget=budget,
         )

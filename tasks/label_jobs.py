@@ -10,8 +10,8 @@ from pydantic import ConfigDict, TypeAdapter
 
 from storage.store import open_store
 from tasks import labeling
-from tasks.classifiers import StoredClassifier, load_classifier
 from tasks.devices import DeviceChoice, resolve_device
+from tasks.ensembles import Ensemble
 from tasks.labeling import LabelingConfig
 from tasks.predicting import Cut
 
@@ -24,7 +24,7 @@ class LabelJob:
         store: URL of the store.
         corpus: digest of the corpus.
         labeler: address of the predictions.
-        model: fingerprint of the teacher.
+        models: fingerprints of the teachers.
         class_names: label space in the run's order.
         config: how to label.
         device: where to compute; not `auto`, so that all workers compute on one type.
@@ -37,7 +37,7 @@ class LabelJob:
     store: str
     corpus: str
     labeler: str
-    model: str
+    models: tuple[str, ...]
     class_names: tuple[str, ...]
     config: LabelingConfig
     device: DeviceChoice
@@ -60,24 +60,23 @@ _form = TypeAdapter(LabelJob)
 def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
     """Label shards one by one and yield the number of samples of each once it is committed.
 
-    The model is loaded once a process. The first worker to get here settles the batch size for all.
+    Models are loaded once a process. The first worker to get here settles the batch size for all.
     """
     store = open_store(job.store)
-    classifier = _classifier(job)
+    ensemble = _ensemble(job)
     batch_size = labeling.resolve_batch_size(
         store,
         job.labeler,
         job.config,
-        image_size=classifier.description.image_size,
-        device=classifier.device,
+        image_size=ensemble.largest_view,
+        device=ensemble.device,
     )
     yield from labeling.label_shards(
         store,
         job.corpus,
         list(stems),
-        classifier,
+        ensemble,
         labeler=job.labeler,
-        precision=job.config.precision,
         batch_size=batch_size,
         max_bad_samples=job.max_bad_samples,
         cut=job.cut,
@@ -94,12 +93,13 @@ def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> int:
     return sum(label_group(job, stems))
 
 
-# One: the next round's teacher takes the place of the last one's.
+# One: the next round's teachers take the place of the last one's.
 @functools.lru_cache(maxsize=1)
-def _classifier(job: LabelJob) -> StoredClassifier:
-    return load_classifier(
+def _ensemble(job: LabelJob) -> Ensemble:
+    return labeling.load_labeler(
         open_store(job.store),
-        job.model,
+        job.config,
+        job.models,
         device=resolve_device(job.device),
         class_names=job.class_names,
     )

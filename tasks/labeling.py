@@ -1,7 +1,7 @@
 """Label a corpus: one Parquet of predictions per shard, addressed by labeler and shard content."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
@@ -9,6 +9,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.aggregation import (
+    Aggregate,
+    McDropoutConfig,
+    NoUncertaintyConfig,
+    UncertaintyConfig,
+)
+from models.views import CleanViewConfig, ViewConfig, view_sizes
 from storage.addresses import (
     canonical_json,
     fingerprint,
@@ -30,7 +37,7 @@ from storage.predictions import (
 from storage.samples import in_shard_key, sample_key
 from storage.store import Store
 from tasks import provenance
-from tasks.classifiers import StoredClassifier
+from tasks.ensembles import Ensemble, load_ensemble
 from tasks.images import CONVERSION
 from tasks.predicting import Cut, predict_samples
 from tasks.shard_items import BadSampleBudget
@@ -53,7 +60,7 @@ class LabelingStopped(Exception):
 
 
 class LabelingConfig(BaseModel):
-    """How the teacher labels: EMA weights, eval mode, the clean view."""
+    """How teachers label: EMA weights, evaluation mode, by default the clean view."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -74,6 +81,24 @@ class LabelingConfig(BaseModel):
         description="Classes listed of each image where the form is top_k.",
         json_schema_extra={"fingerprint": "excluded"},  # in it where the form is top_k
     )
+    view: ViewConfig = Field(
+        default=CleanViewConfig(),
+        description="What every teacher is shown of an image; predictions of several views are"
+        " averaged.",
+        json_schema_extra={"absent_means": {"kind": "clean"}},
+    )
+    aggregate: Aggregate = Field(
+        default="mean_prob",
+        description="How predictions of several views, teachers or passes become one: the mean of"
+        " probabilities or of logits.",
+        json_schema_extra={"absent_means": "mean_prob"},
+    )
+    uncertainty: UncertaintyConfig = Field(
+        default=NoUncertaintyConfig(),
+        description="Over what the standard deviation of the predicted class's probability is"
+        " taken, for selection.threshold.kind uncertainty.",
+        json_schema_extra={"absent_means": {"kind": "none"}},
+    )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Images a forward pass; batches never cross shards. auto is chosen once per"
@@ -93,6 +118,27 @@ class LabelingConfig(BaseModel):
         " are made again.",
         json_schema_extra={"fingerprint": "excluded"},
     )
+
+    def num_members(self, num_teachers: int = 1) -> int:
+        """Return how many predictions of an image are made and averaged."""
+        uncertainty = self.uncertainty
+        passes = uncertainty.passes if isinstance(uncertainty, McDropoutConfig) else 1
+        return num_teachers * len(view_sizes(self.view, 1)) * passes
+
+    def check_members(self, num_teachers: int = 1) -> None:
+        """Raise ValueError if a setting cannot take effect with so many teachers."""
+        num_views = len(view_sizes(self.view, 1))
+        kind = self.uncertainty.kind
+        if (kind == "views" and num_views < 2) or (kind == "teachers" and num_teachers < 2):
+            raise ValueError(
+                f"labeling.uncertainty={kind} is a deviation over {kind}, of which there is one:"
+                f" take several {kind}, or mc_dropout"
+            )
+        if self.aggregate != "mean_prob" and self.num_members(num_teachers) == 1:
+            raise ValueError(
+                f"labeling.aggregate={self.aggregate}: one prediction is made of each image, so"
+                " there is nothing to aggregate: leave it out, or choose a view"
+            )
 
 
 def resolved_form(config: LabelingConfig, num_classes: int) -> Form:
@@ -118,6 +164,7 @@ def labeler_fingerprint(
     view: dict[str, Any],
     class_names: Sequence[str],
     validation: str | None = None,
+    more_teachers: Mapping[str, dict[str, Any]] | None = None,
 ) -> str:
     """Return the address of everything that makes a prediction, save the image.
 
@@ -128,18 +175,27 @@ def labeler_fingerprint(
         class_names: the label space in the run's order.
         validation: fingerprint of the teacher's, whose temperature the top_k form is calibrated
             by; the full form does not read it.
-    Raises: ValueError for the top_k form without a validation.
+        more_teachers: of an ensemble, fingerprint to clean view; their order means nothing.
+    Raises: ValueError for the top_k form without a validation, and for settings without effect.
     """
+    teachers = {teacher: view, **(more_teachers or {})}
+    config.check_members(len(teachers))
+    chosen = settings_of(config)
     settings = {
-        **settings_of(config),
+        **chosen,
         "form": resolved_form(config, len(class_names)),
         "view": view,
         "class_names": list(class_names),
         "conversion": CONVERSION,
-        "aggregation": "none",
+        "aggregation": "none" if config.num_members(len(teachers)) == 1 else config.aggregate,
         "predictions_schema": SCHEMA_VERSION,
     }
+    if "view" in chosen:
+        settings["views"] = chosen["view"]
     inputs = {"teacher": teacher}
+    if len(teachers) > 1:
+        settings["view"] = [teachers[one] for one in sorted(teachers)]
+        inputs = {f"teacher_{i}": one for i, one in enumerate(sorted(teachers))}
     if settings["form"] == "top_k":
         if validation is None:
             raise ValueError(
@@ -150,6 +206,27 @@ def labeler_fingerprint(
         settings |= {"k": config.k, "predictions_schema": TOP_K_VERSION}
         inputs["validation"] = validation
     return fingerprint("labeler", LABELER_VERSION, settings, inputs)
+
+
+def load_labeler(
+    store: Store,
+    config: LabelingConfig,
+    models: Sequence[str],
+    *,
+    device: torch.device,
+    class_names: Sequence[str],
+) -> Ensemble:
+    """Load the teachers of a labeler; see `load_ensemble`."""
+    return load_ensemble(
+        store,
+        models,
+        device=device,
+        class_names=class_names,
+        precision=config.precision,
+        view=config.view,
+        aggregate=config.aggregate,
+        uncertainty=config.uncertainty,
+    )
 
 
 def specify(*, labeler: str, corpus: str) -> Specification:
@@ -212,10 +289,9 @@ def label_shards(
     store: Store,
     corpus_digest: str,
     stems: list[str],
-    classifier: StoredClassifier,
+    ensemble: Ensemble,
     *,
     labeler: str,
-    precision: Literal["fp32", "bf16"],
     batch_size: int,
     max_bad_samples: int,
     cut: Cut | None = None,
@@ -229,7 +305,7 @@ def label_shards(
     """
     corpus = load_corpus(store, corpus_digest)
     locations = load_locations(store, corpus_digest)
-    truth = _Truth(corpus, classifier.class_names)
+    truth = _Truth(corpus, ensemble.class_names)
     for stem in stems:
         shard = corpus.shard(stem)
         # A group that is tried again goes on where it broke off.
@@ -239,8 +315,8 @@ def label_shards(
         budget = BadSampleBudget(stem, max_bad_samples)
         predicted = predict_samples(
             read_samples(corpus, locations, stem),
-            classifier,
-            precision=precision,
+            ensemble,
+            shard=shard.digest,
             batch_size=batch_size,
             budget=budget,
         )

@@ -1,20 +1,18 @@
-"""Raw samples through a classifier: decode ahead in threads, forward batch by batch."""
+"""Raw samples through classifiers: decode ahead in threads, forward batch by batch."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from models.inference import log_probabilities
 from models.top_k_probs import cut_to_top_k
 from storage.predictions import Listed, Predictions
 from storage.samples import RawSample, in_shard_key
-from tasks.classifiers import StoredClassifier
-from tasks.images import BadImage, clean_view, decode_pixels
+from tasks.ensembles import BatchPrediction, Ensemble
+from tasks.images import BadImage, decode_pixels
 from tasks.shard_items import BadSampleBudget
 
 _DECODE_THREADS = 4
@@ -37,12 +35,16 @@ class Predicted:
         labels: N labels of the `.cls` members, None where there is none.
         log_probs: (N, C) float32.
         logsumexp: (N,) float32 of the logits.
+        uncertainty: (N,) float32, where it is measured.
+        agreement: (N,) float32, where several predictions were made of every image.
     """
 
     keys: tuple[str, ...]
     labels: tuple[int | None, ...]
     log_probs: NDArray[np.float32]
     logsumexp: NDArray[np.float32]
+    uncertainty: NDArray[np.float32] | None = None
+    agreement: NDArray[np.float32] | None = None
 
     def to_predictions(
         self, true_labels: Sequence[int], *, cut: Cut | None = None
@@ -71,6 +73,8 @@ class Predicted:
                 rows.rest_mass.astype(np.float32),
                 self.log_probs.shape[1],
             ),
+            uncertainty=self.uncertainty,
+            agreement=self.agreement,
         )
         return predictions, rows.sums
 
@@ -86,36 +90,42 @@ class Predicted:
             log_probs=self.log_probs.astype(np.float16),
             logsumexp=self.logsumexp,
             true_label=true_label,
+            uncertainty=self.uncertainty,
+            agreement=self.agreement,
         )
 
 
 def predict_samples(
     samples: Sequence[RawSample],
-    classifier: StoredClassifier,
+    ensemble: Ensemble,
     *,
-    precision: Literal["fp32", "bf16"],
+    shard: str,
     batch_size: int,
     budget: BadSampleBudget,
 ) -> Predicted:
-    """Predict the clean view of every decodable sample of one shard.
+    """Predict every decodable sample of one shard.
 
     Batches are cut by position in the shard, so that a run that skips a shard computes the same
     bits for the others. Undecodable samples are counted in the budget and left out.
 
-    Raises: TooManyBadSamples; ValueError if the model gives NaN.
+    Args:
+        samples: of the shard.
+        ensemble: who predicts, and from which views.
+        shard: its digest, which random views and dropout go by.
+        batch_size: images of a forward pass.
+        budget: of bad samples; knows the shard's stem.
+    Raises: TooManyBadSamples; ValueError if a model gives NaN.
     """
-    view = classifier.description
 
-    def decode(sample: RawSample) -> NDArray[np.uint8] | BadImage:
+    def decode(sample: RawSample) -> list[NDArray[np.uint8]] | BadImage:
         try:
             image = decode_pixels(sample.image, where=sample.key)
         except BadImage as error:
             return error
-        return clean_view(image, view.image_size, view.crop_padding, view.interpolation)
+        return ensemble.views(image, shard=shard, key=in_shard_key(sample.key, budget.stem))
 
     kept: list[RawSample] = []
-    log_probs: list[NDArray[np.float32]] = []
-    log_sums: list[NDArray[np.float32]] = []
+    predicted: list[BatchPrediction] = []
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
         ahead = [[pool.submit(decode, s) for s in batch] for batch in batches[:_BATCHES_AHEAD]]
@@ -123,7 +133,7 @@ def predict_samples(
             if number + _BATCHES_AHEAD < len(batches):
                 following = batches[number + _BATCHES_AHEAD]
                 ahead.append([pool.submit(decode, s) for s in following])
-            views: list[NDArray[np.uint8]] = []
+            views: list[list[NDArray[np.uint8]]] = []
             for sample, future in zip(batch, ahead.pop(0), strict=True):
                 found = future.result()
                 if isinstance(found, BadImage):
@@ -132,23 +142,13 @@ def predict_samples(
                     kept.append(sample)
                     views.append(found)
             if views:
-                probs, sums = forward(np.stack(views), classifier, precision)
-                log_probs.append(probs)
-                log_sums.append(sums)
-    num_classes = len(classifier.class_names)
+                predicted.append(ensemble.predict(views, shard=shard, batch=number))
+    together = ensemble.joined(predicted)
     return Predicted(
         keys=tuple(in_shard_key(sample.key, budget.stem) for sample in kept),
         labels=tuple(sample.label for sample in kept),
-        log_probs=np.concatenate(log_probs) if kept else np.zeros((0, num_classes), np.float32),
-        logsumexp=np.concatenate(log_sums) if kept else np.zeros(0, np.float32),
+        log_probs=together.log_probs,
+        logsumexp=together.logsumexp,
+        uncertainty=together.uncertainty,
+        agreement=together.agreement,
     )
-
-
-def forward(
-    views: NDArray[np.uint8], classifier: StoredClassifier, precision: Literal["fp32", "bf16"]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return (B, C) log-probabilities and (B,) logsumexp of (B, S, S, 3) uint8 views."""
-    # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy on the way to the device.
-    images = torch.from_numpy(views).permute(0, 3, 1, 2).to(classifier.device)
-    log_probs, log_sums = log_probabilities(classifier.network, images, precision)
-    return log_probs.cpu().numpy(), log_sums.cpu().numpy()

@@ -11,8 +11,8 @@ from storage.manifest import read_stored
 from storage.store import Store
 from tasks.classifiers import load_classifier, model_manifest, read_description
 from tasks.devices import DeviceChoice, resolve_device
+from tasks.ensembles import forward
 from tasks.images import BadImage, clean_view, decode_pixels
-from tasks.predicting import forward
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 _BATCH_SIZE = 64

@@ -18,7 +18,11 @@ from models.calibration import apply_temperature, fit_temperature, platt_smoothi
 from models.calibration_vector import fit_vector_scaling
 from models.evaluation.calibration_error import expected_calibration_error
 from models.randomness import Block, derive_seed, uniforms
-from models.thresholds import FixedThresholdConfig
+from models.thresholds import (
+    AgreementThresholdConfig,
+    FixedThresholdConfig,
+    UncertaintyThresholdConfig,
+)
 from models.weighting import weights_of
 from storage import crash_points
 from storage.addresses import settings_of
@@ -253,7 +257,12 @@ def _select(
         rows.predictions.keys,
         reason=reason,
         copies=copies,
-        weight=weights_of(inputs.weighting, rows.confidences, rows.log_probs),
+        weight=weights_of(
+            inputs.weighting,
+            rows.confidences,
+            rows.log_probs,
+            agreement=rows.predictions.agreement,
+        ),
         label=rows.labels,
         log_probs=rows.target_log_probs() if config.target == "soft" else None,
     )
@@ -270,9 +279,15 @@ def _labeled_counts(store: Store, digest: str, class_names: Sequence[str]) -> ND
 
 
 def _how_to_keep_more(config: SelectionConfig) -> str:
-    if isinstance(config.threshold, FixedThresholdConfig):
-        return "lower selection.threshold.confidence"
-    return f"choose another selection.threshold than {config.threshold.kind}"
+    match config.threshold:
+        case FixedThresholdConfig():
+            return "lower selection.threshold.confidence"
+        case UncertaintyThresholdConfig():
+            return "lower selection.threshold.confidence or raise max_std"
+        case AgreementThresholdConfig():
+            return "lower selection.threshold.min_fraction or confidence"
+        case _:
+            return f"choose another selection.threshold than {config.threshold.kind}"
 
 
 def _calibration_error(log_probs: NDArray[np.float64], truth: NDArray[np.int64]) -> float:

@@ -6,8 +6,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.balancing import BalanceConfig, NsBinnedConfig, reads_labeled_counts
 from models.debiasing import DebiasConfig, DebiasNoneConfig, reads_labeled_prior
-from models.thresholds import FixedThresholdConfig, ThresholdConfig
-from models.weighting import SoftMatchConfig, WeightingConfig, WeightNoneConfig
+from models.thresholds import (
+    AgreementThresholdConfig,
+    FixedThresholdConfig,
+    ThresholdConfig,
+    UncertaintyThresholdConfig,
+)
+from models.weighting import (
+    AgreementWeightConfig,
+    SoftMatchConfig,
+    WeightingConfig,
+    WeightNoneConfig,
+)
 
 
 class SelectionConfig(BaseModel):
@@ -63,6 +73,28 @@ class SelectionConfig(BaseModel):
                 " out, or weight by confidence"
             )
         return self
+
+    @model_validator(mode="after")
+    def _votes_are_for_the_teachers_label(self) -> "SelectionConfig":
+        reader = self.reads_several_predictions
+        changer = "calibration=vector" if self.calibration == "vector" else None
+        if not isinstance(self.debias, DebiasNoneConfig):
+            changer = f"debias={self.debias.kind}"
+        if reader is not None and changer is not None:
+            raise ValueError(
+                f"selection.{reader} reads deviation or votes of the class that the teacher"
+                f" predicted, and {changer} may change the class: leave one of the two out"
+            )
+        return self
+
+    @property
+    def reads_several_predictions(self) -> str | None:
+        """The rule that reads deviation or votes of several predictions; None where none does."""
+        if isinstance(self.threshold, UncertaintyThresholdConfig | AgreementThresholdConfig):
+            return f"threshold={self.threshold.kind}"
+        if isinstance(self.weighting, AgreementWeightConfig):
+            return f"weighting={self.weighting.kind}"
+        return None
 
     @property
     def reads_labeled_counts(self) -> bool:

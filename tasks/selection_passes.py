@@ -30,8 +30,8 @@ from models.balancing import (
 from models.debiasing import DebiasNoneConfig, aligning_offsets, class_offsets
 from models.exact_sums import exact_mean, exact_sum
 from models.thresholds import (
+    ClassThresholds,
     FinishedThresholds,
-    FixedThresholdConfig,
     ThresholdSearch,
     advance_thresholds,
     begin_thresholds,
@@ -242,7 +242,7 @@ def _plan_facts(plan: FinishedPlan, thresholds: FinishedThresholds) -> dict[str,
     """Return the confidence from which on each class is kept, and its quota."""
     values = threshold_values(thresholds)
     if isinstance(plan, NoBalancePlan):
-        is_learned = not isinstance(thresholds, FixedThresholdConfig)
+        is_learned = isinstance(thresholds, ClassThresholds)
         return {"class_thresholds": np.asarray(values).tolist()} if is_learned else {}
     kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
     if isinstance(plan, NsBinnedPlan):

@@ -131,7 +131,13 @@ class Rows:
     def passes(self, inputs: SelectionInputs) -> NDArray[np.bool_]:
         """Return which rows reach the threshold, (N,)."""
         assert inputs.thresholds is not None, "the threshold comes before"
-        return reaches_thresholds(inputs.thresholds, self.labels, self.confidences)
+        return reaches_thresholds(
+            inputs.thresholds,
+            self.labels,
+            self.confidences,
+            uncertainty=self.predictions.uncertainty,
+            agreement=self.predictions.agreement,
+        )
 
 
 def calibrated_and_debiased(

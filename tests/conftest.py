@@ -38,6 +38,7 @@ from storage.predictions import to_parquet as predictions_to_parquet
 from storage.store import Store, open_store
 from tasks import evaluation, labeling, selection
 from tasks.classifiers import StoredClassifier, load_classifier
+from tasks.ensembles import Ensemble
 from tasks.selection import SelectionConfig
 from tasks.selection_passes import plan_selection
 from tasks.specifications import Specification
@@ -365,9 +366,8 @@ class Lab:
             self.store,
             self.unlabeled.digest,
             list(stems or [shard.stem for shard in self.unlabeled.shards]),
-            self.classifier(model),
+            Ensemble((self.classifier(model),)),
             labeler=labeler,
-            precision="fp32",
             batch_size=16,
             max_bad_samples=max_bad_samples,
         )

@@ -283,3 +283,39 @@ def test_a_run_without_rounds_needs_neither_student_nor_unlabelled_data():
 def test_an_online_student_may_go_on_from_its_teacher_for_several_rounds():
     config = parse(student=FIXMATCH | {"init": {"kind": "teacher"}})
     assert config.rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("labeling", "threshold", "message"),
+    [
+        ({}, {"kind": "uncertainty"}, r"set labeling\.uncertainty"),
+        ({"view": {"kind": "hflip"}}, {"kind": "uncertainty"}, r"set labeling\.uncertainty"),
+        ({}, {"kind": "agreement"}, "one prediction is made of each image"),
+        ({"uncertainty": {"kind": "teachers"}}, {"kind": "fixed"}, "several teachers"),
+        ({"aggregate": "mean_logit"}, {"kind": "fixed"}, "nothing to aggregate"),
+        (
+            {"view": {"kind": "multi_scale", "scales": [0.5, 1]}},
+            {"kind": "fixed"},
+            "images of 4 pixels to a network made for 8",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_made_or_read_are_refused(labeling, threshold, message):
+    with pytest.raises(ValidationError, match=message):
+        parse(labeling=labeling, selection={"threshold": threshold})
+
+
+def test_views_are_checked_at_the_size_that_a_model_ends_with():
+    view = {"kind": "multi_scale", "scales": [0.5, 1]}
+    fix = {
+        "duration": {"steps": 1},
+        "batch_size": 6,
+        "image_size": 16,
+        "optimizer": {"kind": "adamw"},
+    }
+    larger = TRAINING | {"resolution_fix": fix}
+    # The last student labels nothing.
+    parse(rounds=1, labeling={"view": view}, teacher=larger)
+    with pytest.raises(ValidationError, match="images of 4 pixels"):
+        parse(rounds=2, labeling={"view": view}, teacher=larger)
+    parse(rounds=2, labeling={"view": view}, teacher=larger, student=larger)

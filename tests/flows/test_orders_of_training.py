@@ -260,6 +260,24 @@ LOW_BAR = (
             ("rounds=1", "selection.allow_collapse=true", "student.swa.every_steps=1"),
         ),
         ("debiased", LOW_BAR),
+        (
+            "naive_student",
+            (
+                "rounds=1",
+                "student.ladder=[]",
+                "student.finetune.duration={steps: 2}",
+                "labeling.view.scales=[1.0, 1.5]",
+                "selection.allow_collapse=true",
+            ),
+        ),
+        (
+            "ups",
+            (
+                "rounds=1",
+                "selection.allow_collapse=true",
+                "selection.threshold={kind: uncertainty, confidence: 0.05, max_std: 0.2}",
+            ),
+        ),
     ],
 )
 def test_a_small_recipe_runs_to_its_end(

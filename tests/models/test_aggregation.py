@@ -128,7 +128,7 @@ def test_equal_members_have_no_deviation_and_agree():
         log_probs, log_sums, aggregate="mean_prob", uncertainty=ViewsUncertaintyConfig()
     )
     assert found.uncertainty is not None
-    assert found.uncertainty.tolist() == [0.0]
+    assert found.uncertainty.tolist() == pytest.approx([0.0], abs=1e-12)
     assert found.agreement.tolist() == [1.0]
 
 

@@ -56,9 +56,9 @@ def assert_equal(a, b):
         assert getattr(a, name).dtype == getattr(b, name).dtype
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     np.testing.assert_array_equal(a.true_label, b.true_label)
-    assert (a.uncertainty is None) == (b.uncertainty is None)
-    if a.uncertainty is not None:
-        np.testing.assert_array_equal(a.uncertainty, b.uncertainty)
+    assert a.optional == b.optional
+    for name in a.optional:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert (a.form, a.k, a.num_classes) == (b.form, b.k, b.num_classes)
     if a.listed is not None:
         for name in ("class_ids", "rest_mass"):
@@ -81,6 +81,10 @@ def with_uncertainty(p):
     return replace(p, uncertainty=np.linspace(0, 0.5, p.num_samples, dtype=np.float32))
 
 
+def with_both(p):
+    return replace(with_uncertainty(p), agreement=np.ones(p.num_samples, np.float32))
+
+
 SUMS = np.arange(600, dtype=np.int64).reshape(2, 300) << 30
 
 
@@ -91,7 +95,7 @@ def test_predictions_read_back_bit_for_bit(n, c):
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 3), (0, 3), (40, 1), (7, 300)])
-@pytest.mark.parametrize("optional", [lambda p: p, with_uncertainty])
+@pytest.mark.parametrize("optional", [lambda p: p, with_uncertainty, with_both])
 def test_top_k_predictions_read_back_bit_for_bit(n, k, optional):
     p = optional(make_top_k(n, k=k))
     found = from_parquet(
@@ -100,7 +104,7 @@ def test_top_k_predictions_read_back_bit_for_bit(n, k, optional):
         num_classes=300,
         where="x",
         k=k,
-        has_uncertainty=p.uncertainty is not None,
+        optional=p.optional,
     )
     assert_equal(found, p)
 
@@ -142,7 +146,7 @@ def test_schema_is_the_documented_one_and_carries_its_version():
 
 
 def test_schema_of_the_top_k_form_is_the_documented_one():
-    schema = predictions_schema(1000, k=10, has_uncertainty=True)
+    schema = predictions_schema(1000, k=10, optional=("uncertainty", "agreement"))
     assert [f"{f.name}: {f.type}" for f in schema] == [
         "key: string",
         "label: uint32",
@@ -155,11 +159,13 @@ def test_schema_of_the_top_k_form_is_the_documented_one():
         "logsumexp: float",
         "true_label: int32",
         "uncertainty: float",
+        "agreement: float",
     ]
     assert not any(f.nullable for f in schema)
     assert schema.metadata == {
         b"selftrain.predictions.top_k": b"1",
         b"selftrain.predictions.uncertainty": b"1",
+        b"selftrain.predictions.agreement": b"1",
     }
 
 
@@ -208,6 +214,7 @@ def listed_with(**values):
         (replace(make(), log_probs=make().log_probs.astype(np.float32)), "float16"),
         (replace(make(), uncertainty=np.full(5, -0.1, np.float32)), "uncertainty is negative"),
         (replace(make(), uncertainty=np.full(5, np.nan, np.float32)), "NaN or infinite"),
+        (replace(make(), agreement=np.full(5, 1.5, np.float32)), "agreement is not in"),
         (replace(make(), uncertainty=np.zeros(4, np.float32)), r"uncertainty must be \(5,\)"),
         (listed_with(class_ids=300), "listed class is not a class"),
         (listed_with(class_ids=make_top_k().label[1]), "listed twice"),
@@ -338,7 +345,7 @@ def test_top_k_record_gives_back_the_exact_sums_and_uncertainty(tmp_path):
     store = open_store(str(tmp_path))
     p = with_uncertainty(make_top_k())
     record = write_predictions(store, LABELER, SHARD, p, {}, prob_sums=SUMS)
-    assert (record["schema"], record["k"], record["has_uncertainty"]) == (2, 3, True)
+    assert (record["schema"], record["k"], record["optional"]) == (2, 3, ["uncertainty"])
     np.testing.assert_array_equal(probability_sums(read_record(store, LABELER, SHARD)), SUMS)
     assert_equal(read_predictions(store, record), p)
     columns = read_columns(store, record, ["uncertainty", "rest_mass"])

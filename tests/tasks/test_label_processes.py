@@ -35,7 +35,7 @@ def job_of(lab: Any, model: str, **changes: Any) -> LabelJob:
         "store": lab.store.url,
         "corpus": lab.unlabeled.digest,
         "labeler": lab.labeler(model),
-        "model": model,
+        "models": (model,),
         "class_names": lab.class_names,
         "config": LabelingConfig(batch_size=16),
         "device": "cpu",

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from models.aggregation import (
+    McDropoutConfig,
+    TeachersUncertaintyConfig,
+    ViewsUncertaintyConfig,
+)
 from models.randomness import derive_seed
 from models.training import initial_state
+from models.views import HflipViewConfig, KRandomViewConfig
 from storage.corpus import MissingShard
 from storage.predictions import read_predictions, read_record
 from storage.samples import CorruptShard
 from tasks import labeling
 from tasks.classifiers import ClassesMismatch, StoredClassifier
+from tasks.ensembles import Ensemble
 from tasks.labeling import LabelingConfig, labeler_fingerprint, resolve_batch_size
 from tasks.shard_items import TooManyBadSamples
 
@@ -71,9 +78,8 @@ def test_order_and_grouping_of_shards_change_no_byte(pipeline, copied):
                 copied.store,
                 copied.unlabeled.digest,
                 group,
-                copied.classifier(teacher),
+                Ensemble((copied.classifier(teacher),)),
                 labeler=copied.labeler(teacher),
-                precision="fp32",
                 batch_size=16,
                 max_bad_samples=0,
             )
@@ -108,9 +114,8 @@ def label_one(lab, stem, classifier, *, labeler="1" * 64):
         lab.store,
         lab.unlabeled.digest,
         [stem],
-        classifier,
+        Ensemble((classifier,)),
         labeler=labeler,
-        precision="fp32",
         batch_size=16,
         max_bad_samples=0,
     )
@@ -208,9 +213,8 @@ def test_shards_that_are_done_are_not_labelled_again(pipeline, copied):
         copied.store,
         copied.unlabeled.digest,
         ["unlabeled-0", "unlabeled-3"],
-        classifier,
+        Ensemble((classifier,)),
         labeler=labeler,
-        precision="fp32",
         batch_size=16,
         max_bad_samples=0,
     )
@@ -285,6 +289,9 @@ BASE = {"teacher": "a" * 64, "view": VIEW, "class_names": ["x", "y"]}
     ("config", "changes"),
     [
         (LabelingConfig(precision="bf16"), {}),
+        (LabelingConfig(view=HflipViewConfig()), {}),
+        (LabelingConfig(uncertainty=McDropoutConfig()), {}),
+        (LabelingConfig(), {"more_teachers": {"b" * 64: VIEW}}),
         (LabelingConfig(), {"teacher": "b" * 64}),
         (LabelingConfig(), {"view": VIEW | {"interpolation": "bicubic"}}),
         (LabelingConfig(), {"view": VIEW | {"crop_padding": 4}}),
@@ -295,6 +302,39 @@ def test_what_changes_a_prediction_changes_its_address(config, changes):
     assert labeler_fingerprint(config, **BASE | changes) != labeler_fingerprint(
         LabelingConfig(), **BASE
     )
+
+
+def test_how_views_are_drawn_and_averaged_changes_the_address():
+    drawn = [KRandomViewConfig(k=2), KRandomViewConfig(k=2, seed=1), KRandomViewConfig(k=3)]
+    addresses = {
+        labeler_fingerprint(LabelingConfig(view=view, aggregate=how), **BASE)
+        for view in drawn
+        for how in ("mean_prob", "mean_logit")
+    }
+    assert len(addresses) == 6
+
+
+def test_the_order_of_teachers_changes_no_address():
+    other = {"image_size": 16, "crop_padding": 0, "interpolation": "bilinear"}
+    one = labeler_fingerprint(LabelingConfig(), **BASE, more_teachers={"b" * 64: other})
+    swapped = BASE | {"teacher": "b" * 64, "view": other}
+    assert labeler_fingerprint(LabelingConfig(), **swapped, more_teachers={"a" * 64: VIEW}) == one
+    # Which teacher sees what is part of it.
+    wrong = BASE | {"teacher": "b" * 64}
+    assert labeler_fingerprint(LabelingConfig(), **wrong, more_teachers={"a" * 64: other}) != one
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LabelingConfig(aggregate="mean_logit"), "nothing to aggregate"),
+        (LabelingConfig(uncertainty=ViewsUncertaintyConfig()), "several views, or mc_dropout"),
+        (LabelingConfig(uncertainty=TeachersUncertaintyConfig()), "take several teachers"),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        labeler_fingerprint(config, **BASE)
 
 
 def test_how_the_work_is_cut_does_not_change_the_address():

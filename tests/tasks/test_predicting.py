@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from storage.samples import RawSample
+from tasks.ensembles import Ensemble
 from tasks.predicting import Predicted, predict_samples
 from tasks.shard_items import BadSampleBudget, TooManyBadSamples
 
@@ -34,7 +35,7 @@ def broken(samples, bad):
 def predict(samples, classifier, *, batch_size=4, limit=0):
     budget = BadSampleBudget("s", limit)
     predicted = predict_samples(
-        samples, classifier, precision="fp32", batch_size=batch_size, budget=budget
+        samples, Ensemble((classifier,)), shard="0" * 64, batch_size=batch_size, budget=budget
     )
     return predicted, budget
 

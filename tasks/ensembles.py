@@ -1,0 +1,247 @@
+"""The members of a labeler, teachers, views and dropout passes, and what they say together."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.aggregation import (
+    Aggregate,
+    McDropoutConfig,
+    NoUncertaintyConfig,
+    UncertaintyConfig,
+    combine,
+)
+from models.inference import log_probabilities
+from models.mc_dropout import dropout_passes
+from models.randomness import derive_seed
+from models.views import (
+    CleanViewConfig,
+    View,
+    ViewConfig,
+    check_views,
+    view_sizes,
+    views_of,
+)
+from storage.store import Store
+from tasks.classifiers import StoredClassifier, load_classifier, model_manifest
+from tasks.images import Interpolation, clean_view, random_resized_view
+
+
+@dataclass(frozen=True)
+class BatchPrediction:
+    """What a labeler says of the images of one batch.
+
+    Attributes:
+        log_probs: (B, C) float32.
+        logsumexp: (B,) float32.
+        uncertainty: (B,) float32, where it is measured.
+        agreement: (B,) float32, where there are several members.
+    """
+
+    log_probs: NDArray[np.float32]
+    logsumexp: NDArray[np.float32]
+    uncertainty: NDArray[np.float32] | None = None
+    agreement: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Who labels, what they are shown, and how it is put together; by default one clean look.
+
+    Attributes:
+        teachers: in the order of their fingerprints, of one class order.
+        precision: of the forward passes.
+        view: what every teacher is shown.
+        aggregate: of the members' predictions.
+        uncertainty: what is measured, and whether dropout stays on.
+        dropout_rates: of the teachers, where it does.
+    """
+
+    teachers: tuple[StoredClassifier, ...]
+    precision: Literal["fp32", "bf16"] = "fp32"
+    view: ViewConfig = field(default_factory=CleanViewConfig)
+    aggregate: Aggregate = "mean_prob"
+    uncertainty: UncertaintyConfig = field(default_factory=NoUncertaintyConfig)
+    dropout_rates: tuple[float, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The label space, in the order of the outputs."""
+        return self.teachers[0].class_names
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.teachers[0].device
+
+    @property
+    def largest_view(self) -> int:
+        """Side of the largest view of any teacher, pixels."""
+        sizes = (view_sizes(self.view, one.description.image_size) for one in self.teachers)
+        return max(max(one) for one in sizes)
+
+    @property
+    def num_members(self) -> int:
+        """Predictions of every image."""
+        return len(self.teachers) * len(view_sizes(self.view, 1)) * self._passes
+
+    @property
+    def _passes(self) -> int:
+        return self.uncertainty.passes if isinstance(self.uncertainty, McDropoutConfig) else 1
+
+    def views(self, image: NDArray[np.uint8], *, shard: str, key: str) -> list[NDArray[np.uint8]]:
+        """Return the views of one image (H, W, 3), teacher by teacher, each (S, S, 3).
+
+        Random ones are those of the shard's content and of the key in it, whatever its name is.
+        """
+        seed = getattr(self.view, "seed", 0)
+        stream = derive_seed(seed, "views", shard)
+        found: list[NDArray[np.uint8]] = []
+        made: dict[Any, NDArray[np.uint8]] = {}
+        for teacher in self.teachers:
+            shown = teacher.description
+            for view in views_of(
+                self.view,
+                width=image.shape[1],
+                height=image.shape[0],
+                size=shown.image_size,
+                crop_padding=shown.crop_padding,
+                stream=stream,
+                key=key,
+            ):
+                # Views that differ by their mirroring alone are resized once.
+                name = (replace(view, is_mirrored=False), shown.interpolation)
+                if name not in made:
+                    made[name] = _cut(image, view, shown.interpolation)
+                found.append(made[name][:, ::-1] if view.is_mirrored else made[name])
+        return found
+
+    def predict(
+        self, images: Sequence[list[NDArray[np.uint8]]], *, shard: str, batch: int
+    ) -> BatchPrediction:
+        """Predict a batch.
+
+        Args:
+            images: B lists, each as `views` gives them.
+            shard: digest of the shard.
+            batch: which of the shard's batches it is; with `shard` it settles what dropout drops.
+        """
+        log_probs: list[NDArray[np.float32]] = []
+        log_sums: list[NDArray[np.float32]] = []
+        slots = list(zip(*images, strict=True))  # B lists of T * V views -> T * V tuples of B
+        num_views = len(slots) // len(self.teachers)
+        for slot, views in enumerate(slots):
+            teacher = slot // num_views
+            with self._dropout(teacher, slot, shard=shard, batch=batch):
+                probs, sums = forward(np.stack(views), self.teachers[teacher], self.precision)
+            log_probs.append(probs)
+            log_sums.append(sums)
+        if self.num_members == 1:
+            return BatchPrediction(log_probs[0], log_sums[0])
+        members = (len(self.teachers), num_views, self._passes, len(images))
+        combined = combine(
+            torch.from_numpy(np.stack(log_probs)).reshape(*members, -1),
+            torch.from_numpy(np.stack(log_sums)).reshape(members),
+            aggregate=self.aggregate,
+            uncertainty=self.uncertainty,
+        )
+        return BatchPrediction(
+            combined.log_probs.numpy(),
+            combined.log_sums.numpy(),
+            None if combined.uncertainty is None else combined.uncertainty.numpy(),
+            combined.agreement.numpy(),
+        )
+
+    def joined(self, batches: Sequence[BatchPrediction]) -> BatchPrediction:
+        """Return the predictions of all batches behind each other; of none, arrays of no rows."""
+        no_rows = np.zeros(0, np.float32)
+        nothing = BatchPrediction(
+            np.zeros((0, len(self.class_names)), np.float32),
+            no_rows,
+            None if isinstance(self.uncertainty, NoUncertaintyConfig) else no_rows,
+            None if self.num_members == 1 else no_rows,
+        )
+        together: dict[str, NDArray[np.float32] | None] = {}
+        for one in fields(BatchPrediction):
+            empty = getattr(nothing, one.name)
+            parts = [getattr(batch, one.name) for batch in batches]
+            together[one.name] = None if empty is None else np.concatenate([empty, *parts])
+        return BatchPrediction(**together)  # pyright: ignore[reportArgumentType] (None as above)
+
+    def _dropout(
+        self, teacher: int, slot: int, *, shard: str, batch: int
+    ) -> AbstractContextManager[None]:
+        if not isinstance(self.uncertainty, McDropoutConfig):
+            return nullcontext()
+        return dropout_passes(
+            self.teachers[teacher].network,
+            passes=self.uncertainty.passes,
+            rate=self.dropout_rates[teacher],
+            seed=derive_seed(self.uncertainty.seed, "mc-dropout", shard, batch, slot),
+        )
+
+
+def load_ensemble(
+    store: Store,
+    models: Sequence[str],
+    *,
+    device: torch.device,
+    class_names: Sequence[str],
+    precision: Literal["fp32", "bf16"],
+    view: ViewConfig,
+    aggregate: Aggregate,
+    uncertainty: UncertaintyConfig,
+) -> Ensemble:
+    """Load the teachers of a labeler, in the order of their fingerprints.
+
+    Raises: UnknownModel, ClassesMismatch; ValueError for a network that cannot take a view's size
+        or for dropout without a rate.
+    """
+    teachers = tuple(
+        load_classifier(store, model, device=device, class_names=class_names)
+        for model in sorted(models)
+    )
+    for teacher in teachers:
+        check_views(view, teacher.description.architecture, teacher.description.image_size)
+    rates: tuple[float, ...] = ()
+    if isinstance(uncertainty, McDropoutConfig):
+        rates = tuple(
+            uncertainty.rate or _trained_dropout(store, teacher.fingerprint) for teacher in teachers
+        )
+    return Ensemble(teachers, precision, view, aggregate, uncertainty, rates)
+
+
+def _trained_dropout(store: Store, model: str) -> float:
+    training = model_manifest(store, model).settings.get("training", {})
+    rate = training.get("noise", {}).get("dropout")
+    if not rate:
+        raise ValueError(
+            f"labeling.uncertainty=mc_dropout: model {model[:12]} was trained without dropout, so"
+            " its passes would not differ: train it with noise.dropout, or set"
+            " labeling.uncertainty.rate"
+        )
+    return float(rate)
+
+
+def _cut(image: NDArray[np.uint8], view: View, interpolation: Interpolation) -> NDArray[np.uint8]:
+    if view.box is None:
+        return clean_view(image, view.size, view.crop_padding, interpolation)
+    return random_resized_view(image, view.size, view.box, interpolation)
+
+
+def forward(
+    views: NDArray[np.uint8], classifier: StoredClassifier, precision: Literal["fp32", "bf16"]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (B, C) log-probabilities and (B,) logsumexp of (B, S, S, 3) uint8 views.
+
+    Under `dropout_passes` there are P * B rows.
+    """
+    # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy on the way to the device.
+    images = torch.from_numpy(views).permute(0, 3, 1, 2).to(classifier.device)
+    log_probs, log_sums = log_probabilities(classifier.network, images, precision)
+    return log_probs.cpu().numpy(), log_sums.cpu().numpy()
