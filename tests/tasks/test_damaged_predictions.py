@@ -9,6 +9,7 @@ import pytest
 from storage.damaged_predictions import read_whole_record
 from storage.predictions import read_predictions, read_record, record_path
 from tasks import labeling
+from tasks.ensembles import Ensemble
 
 
 @pytest.fixture
@@ -94,9 +95,8 @@ def test_predictions_that_come_out_otherwise_get_a_record_of_their_own(
         labeled.store,
         labeled.unlabeled.digest,
         [shard.stem],
-        other,
+        Ensemble((other,)),
         labeler=labeler,
-        precision="fp32",
         batch_size=16,
         max_bad_samples=0,
     )
