@@ -23,6 +23,7 @@ from storage.store import conditional_create_works
 from tasks import stages
 from tasks.classifiers import read_description
 from tasks.evaluation import read_report
+from tasks.labeling import LabelingConfig
 from tasks.loading import LoadingConfig
 from tasks.report import write_report
 from tasks.specifications import Specification
@@ -92,9 +93,22 @@ class RunDriver:
         return self.graph.needs(round_index).selection
 
     def label(self, teacher: ModelRef, round_index: int) -> None:
-        """Label the corpus with the teacher."""
-        specification = self.graph.label(teacher)
+        """Label the corpus with the teacher; before it dev, where that calibrates the labels."""
+        config = self.run.config.labeling
         title = f"round {round_index} · label"
+        if self.graph.labels_dev:
+            specification = self.graph.calibration(teacher)
+            self._label(specification, teacher, config.for_dev(), f"{title} dev", round_index)
+        self._label(self.graph.label(teacher), teacher, config, title, round_index)
+
+    def _label(
+        self,
+        specification: Specification,
+        teacher: ModelRef,
+        config: LabelingConfig,
+        title: str,
+        round_index: int,
+    ) -> None:
         self._carry_out(
             specification,
             round_index,
@@ -102,15 +116,15 @@ class RunDriver:
             lambda: label_corpus.with_options(flow_run_name=title)(
                 store=self.run.store.url,
                 model=teacher.fingerprint,
-                corpus=self.graph.unlabeled,
-                config=self.run.config.labeling,
+                corpus=specification.inputs["corpus"],
+                config=config,
                 class_names=list(self.run.pins.class_names),
                 device=self.run.config.device,
                 max_bad_samples=self.run.config.max_bad_samples,
                 engine=self.run.config.engine,
                 label=title,
                 artifact=self._artifact(round_index, "label"),
-                validation=self.graph.evaluate("validate", teacher).fingerprint,
+                validation=self.graph.calibration(teacher).fingerprint,
                 return_state=True,
             ),
         )
@@ -126,7 +140,7 @@ class RunDriver:
             lambda: select_pseudo_labels.with_options(flow_run_name=title)(
                 store=self.run.store.url,
                 labeling=self.graph.label(teacher).fingerprint,
-                validation=self.graph.evaluate("validate", teacher).fingerprint,
+                validation=self.graph.calibration(teacher).fingerprint,
                 class_names=list(self.run.pins.class_names),
                 config=self.run.config.selection,
                 seed=self.run.config.seed,

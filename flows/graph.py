@@ -119,8 +119,33 @@ class RunGraph:
             teacher=teacher.fingerprint,
             view=teacher.view.to_json(),
             class_names=self.pins.class_names,
-            validation=self.evaluate("validate", teacher).fingerprint,
+            validation=self.calibration(teacher).fingerprint,
         )
+
+    def calibration(self, teacher: ModelRef) -> Specification:
+        """Return the stage whose predictions of dev calibrate a teacher's labels.
+
+        Its validation; but where labels are not one clean prediction, dev is labelled as they are.
+        """
+        if self.config.labeling.is_clean():
+            return self.evaluate("validate", teacher)
+        labeler = labeling.labeler_fingerprint(
+            self.config.labeling.for_dev(),
+            teacher=teacher.fingerprint,
+            view=teacher.view.to_json(),
+            class_names=self.pins.class_names,
+        )
+        return labeling.specify(labeler=labeler, corpus=self.pins.dev)
+
+    @property
+    def labels_dev(self) -> bool:
+        """Whether teachers label dev, too, because a calibration needs it."""
+        config, num_classes = self.config, len(self.pins.class_names)
+        is_calibrated = (
+            config.selection.calibration != "none"
+            or labeling.resolved_form(config.labeling, num_classes) == "top_k"
+        )
+        return is_calibrated and not config.labeling.is_clean()
 
     def label(self, teacher: ModelRef) -> Specification:
         """Return the labelling of the corpus by a teacher."""
@@ -131,7 +156,7 @@ class RunGraph:
         return selection.specify(
             self.config.selection,
             labeling=self.label(teacher).fingerprint,
-            validation=self.evaluate("validate", teacher).fingerprint,
+            validation=self.calibration(teacher).fingerprint,
             labeled=self.pins.labeled,
             seed=self.config.seed,
             round_index=round_index,

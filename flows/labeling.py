@@ -18,7 +18,7 @@ from flows.graph import View
 from storage.corpus import Shard, load_corpus
 from storage.store import Store, open_store
 from tasks import labeling
-from tasks.calibrating import dev_temperature
+from tasks.calibrating import dev_temperature, finished_calibration
 from tasks.classifiers import read_description
 from tasks.devices import DeviceChoice, visible_gpus
 from tasks.label_jobs import LabelJob, label_as_a_worker
@@ -28,7 +28,6 @@ from tasks.live_progress import LiveProgress
 from tasks.policies import GPU_LEASE_SECONDS, GPU_LIMIT
 from tasks.predicting import Cut
 from tasks.shard_groups import group_shards, work_of
-from tasks.specifications import finished_result
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
 # A process needs seconds to start, which is the work of so many images.
@@ -64,7 +63,8 @@ def label_corpus(
         label: name of the stage in progress reports.
         artifact: key of the progress artifact.
         validation: fingerprint of the model's validation on dev, whose temperature the top_k form
-            is calibrated by; the full form does not read it.
+            is calibrated by; the full form does not read it. Where labels come from several
+            predictions, of dev's labelling under `config.for_dev()`.
         more_models: fingerprints of further teachers, whose predictions are averaged with the
             first one's; class orders are matched by name, and the order of teachers means nothing.
     """
@@ -88,7 +88,7 @@ def label_corpus(
         cut = None
         if labeling.resolved_form(config, len(class_names)) == "top_k":
             assert validation is not None, "refused above"
-            dev = finished_result(opened, "validate", validation)
+            dev = finished_calibration(opened, validation)
             cut = Cut(config.k, dev_temperature(opened, dev))
         job = LabelJob(
             store=opened.url,

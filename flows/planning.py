@@ -112,7 +112,11 @@ class _Planner:
             # last student is an assumption from round 2 on.
             assumed = round_index > 1
             if self.graph.needs(round_index).selection:
-                found.append(self._label(teacher, round_index, assumed=assumed))
+                if self.graph.labels_dev:
+                    specification = self.graph.calibration(teacher)
+                    found.append(self._label(specification, round_index, assumed=assumed))
+                specification = self.graph.label(teacher)
+                found.append(self._label(specification, round_index, assumed=assumed))
                 selection = self.graph.select(teacher, round_index)
                 size = self._size(self.graph.unlabeled)
                 found.append(self._stage(selection, round_index, size, assumed=assumed))
@@ -187,12 +191,14 @@ class _Planner:
         of_targets = bytes_of_targets(selection, len(self.pins.class_names))
         return SelectedItems(sum(selection.counts["items"].values()), sum(of_targets.values()))
 
-    def _label(self, teacher: ModelRef, round_index: int, *, assumed: bool) -> PlannedStage:
-        corpus = load_corpus(self.store, self.graph.unlabeled)
-        missing = shards_to_label(self.store, self.graph.labeler(teacher), corpus)
+    def _label(
+        self, specification: Specification, round_index: int, *, assumed: bool
+    ) -> PlannedStage:
+        corpus = load_corpus(self.store, specification.inputs["corpus"])
+        missing = shards_to_label(self.store, specification.inputs["labeler"], corpus)
         num_missing = sum(shard.num_samples for shard in missing)
         planned = self._stage(
-            self.graph.label(teacher),
+            specification,
             round_index,
             corpus.num_samples,
             assumed=assumed,

@@ -10,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from storage.corpus import load_corpus
 from storage.store import open_store
 from tasks import selection, selection_passes
+from tasks.calibrating import finished_calibration
 from tasks.progress import Progress, report
 from tasks.selection_config import SelectionConfig
 from tasks.selection_passes import plan_selection
@@ -51,7 +52,8 @@ def select_pseudo_labels(
     Args:
         store: URL of the store.
         labeling: fingerprint of the labelling.
-        validation: fingerprint of the same model's validation on dev, for the calibration.
+        validation: fingerprint of the same model's validation on dev, for the calibration; where
+            labels come from several predictions, of dev's labelling by the same labeler.
         class_names: label space.
         config: the rules.
         seed: of the draws that round copies.
@@ -76,7 +78,7 @@ def select_pseudo_labels(
     labels = finished_result(opened, "label", labeling)
     dev = None
     if config.calibration != "none":
-        dev = finished_result(opened, "validate", validation)
+        dev = finished_calibration(opened, validation)
     inputs, facts = selection.calibrate(opened, specification, labels, dev, class_names=class_names)
     corpus = load_corpus(opened, inputs.corpus)
     stems = [shard.stem for shard in corpus.shards]

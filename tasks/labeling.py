@@ -125,6 +125,14 @@ class LabelingConfig(BaseModel):
         passes = uncertainty.passes if isinstance(uncertainty, McDropoutConfig) else 1
         return num_teachers * len(view_sizes(self.view, 1)) * passes
 
+    def is_clean(self, num_teachers: int = 1) -> bool:
+        """Return whether an image is predicted once, from the clean view, as a validation does."""
+        return isinstance(self.view, CleanViewConfig) and self.num_members(num_teachers) == 1
+
+    def for_dev(self) -> "LabelingConfig":
+        """Return how dev is labelled to calibrate these labels: alike, all classes stored."""
+        return self.model_copy(update={"form": "full"})
+
     def check_members(self, num_teachers: int = 1) -> None:
         """Raise ValueError if a setting cannot take effect with so many teachers."""
         num_views = len(view_sizes(self.view, 1))

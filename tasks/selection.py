@@ -40,8 +40,8 @@ from storage.manifest import (
 from storage.selections import Reason, Selection, to_parquet
 from storage.store import Store
 from tasks import provenance
+from tasks.calibrating import read_dev_predictions
 from tasks.classifiers import class_order
-from tasks.evaluation import read_evaluation_predictions
 from tasks.selection_config import SelectionConfig
 from tasks.selection_rows import Rows, SelectionInputs, prediction_record
 from tasks.selection_summary import ShardCounts, check_selection_is_sound, summarize
@@ -65,7 +65,8 @@ def specify(
     Args:
         config: the rules.
         labeling: fingerprint of the labelling.
-        validation: fingerprint of the teacher's; an input where confidences are calibrated.
+        validation: fingerprint of what predicted dev as the labels are predicted; an input where
+            confidences are calibrated.
         labeled: digest of the labelled corpus; an input where a rule reads its class counts.
         seed: of the run.
         round_index: of the selection.
@@ -98,8 +99,7 @@ def calibrate(
     first = prediction_record(store, labeler, corpus.shards[0].digest)
     temperature, vector, facts = 1.0, None, {}
     if validation is not None:
-        dev = read_evaluation_predictions(store, validation)
-        log_probs, truth = dev.log_probs.astype(np.float64), dev.true_label.astype(np.int64)
+        log_probs, truth = read_dev_predictions(store, validation)
         facts["ece_before"] = _calibration_error(log_probs, truth)
         if specification.settings["selection"]["calibration"] == "vector":
             vector = fit_vector_scaling(log_probs, truth)

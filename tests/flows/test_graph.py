@@ -93,6 +93,7 @@ STUDENT = {"2 labeler", *FROM_SELECT_1} - {"1 select"} | BASELINE
         ({"student": TRAINING | {"duration": {"steps": 13}}}, STUDENT),
         ({"student": TRAINING | {"unlabeled_ratio": 4}}, STUDENT),
         ({"labeling": {"precision": "bf16"}}, {"1 labeler"} | LABEL_1 | FROM_SELECT_1),
+        ({"labeling": {"view": {"kind": "hflip"}}}, {"1 labeler"} | LABEL_1 | FROM_SELECT_1),
         ({"selection": {"target": "hard"}}, FROM_SELECT_1),
         ({"selection": {"threshold": {"confidence": 0.9}}}, FROM_SELECT_1),
         (
@@ -103,6 +104,36 @@ STUDENT = {"2 labeler", *FROM_SELECT_1} - {"1 select"} | BASELINE
 )
 def test_a_setting_changes_the_stages_behind_it(changed, changes, expected):
     assert changed(graph(), graph(**changes)) == expected
+
+
+HFLIP = {"labeling": {"view": {"kind": "hflip"}}}
+
+
+def test_labels_are_calibrated_by_predictions_of_dev_that_are_made_alike():
+    clean = graph()
+    teacher = clean.first_model()
+    assert clean.calibration(teacher) == clean.evaluate("validate", teacher)
+    assert not clean.labels_dev
+    mirrored = graph(**HFLIP)
+    dev = mirrored.calibration(teacher)
+    assert (dev.kind, dev.inputs["corpus"]) == ("label", PINS.dev)
+    assert dev.inputs["labeler"] == mirrored.labeler(teacher)
+    assert mirrored.select(teacher, 1).inputs["validation"] == dev.fingerprint
+    assert mirrored.labels_dev
+
+
+def test_dev_is_labelled_where_something_is_calibrated_by_it():
+    assert not graph(**HFLIP, selection={"calibration": "none"}).labels_dev
+    assert not graph(selection={"calibration": "none"}).labels_dev
+    one_random = {"labeling": {"view": {"kind": "k_random", "k": 1}}}
+    assert graph(**one_random).labels_dev
+    # The top_k form is calibrated before it is cut, by dev in full.
+    top_k = {"labeling": HFLIP["labeling"] | {"form": "top_k", "k": 2}}
+    cut = graph(**top_k, selection={"calibration": "none"})
+    assert cut.labels_dev
+    teacher = cut.first_model()
+    assert cut.calibration(teacher).inputs["labeler"] == graph(**HFLIP).labeler(teacher)
+    assert cut.calibration(teacher).inputs["labeler"] != cut.labeler(teacher)
 
 
 NO_CALIBRATION = {"selection": {"calibration": "none"}}

@@ -267,6 +267,7 @@ LOW_BAR = (
                 "student.ladder=[]",
                 "student.finetune.duration={steps: 2}",
                 "labeling.view.scales=[1.0, 1.5]",
+                "selection.calibration=temperature",
                 "selection.allow_collapse=true",
             ),
         ),

@@ -15,7 +15,8 @@ from storage.manifest import read_stored
 from storage.predictions import write_predictions
 from storage.selections import Reason, from_parquet
 from tasks import labeling
-from tasks.selection import SelectionConfig
+from tasks.calibrating import finished_calibration, read_dev_predictions
+from tasks.selection import SelectionConfig, read_summary
 from tasks.selection_summary import EmptySelection
 
 # (key, label, confidence), deviation, share of votes; of three classes.
@@ -84,6 +85,29 @@ def test_the_threshold_reads_calibrated_confidences(lab, labels):
     validation = lab.plant_validation(lab.store, lab.predictions_of(rows))
     chosen = config(calibration="temperature", threshold=UncertaintyThresholdConfig())
     assert kept(selected(lab, labels, chosen, validation)) == ["0", "4"]
+
+
+def test_labels_from_several_views_are_calibrated_by_dev_as_it_is_labelled(lab, labels):
+    # The same dev predictions, once as a validation's, once as a labelling's of two shards.
+    rows = [(str(i), i % 3, 0.9, i % 3 if i % 4 < 3 else (i + 1) % 3) for i in range(48)]
+    validation = lab.plant_validation(lab.store, lab.predictions_of(rows))
+    shards = [Shard("d0", "7" * 64, 20, 1024), Shard("d1", "8" * 64, 28, 1024)]
+    dev = Corpus.of(shards, lab.class_names)
+    save_corpus(lab.store, dev, {"d0": "/nowhere/d0.tar", "d1": "/nowhere/d1.tar"})
+    parts = {"d0": rows[:20], "d1": rows[20:]}
+    labeled = lab.plant_labeling(lab.store, dev, parts, labeler="b" * 64)
+    summaries = []
+    for one in (validation, labeled):
+        chosen = config(calibration="temperature", threshold=UncertaintyThresholdConfig())
+        summaries.append(read_summary(lab.store, lab.select(labels, one, chosen)))
+    assert summaries[0]["temperature"] > 1.1
+    assert summaries[0] == summaries[1]
+    assert finished_calibration(lab.store, labeled.fingerprint) == labeled
+    assert finished_calibration(lab.store, validation.fingerprint) == validation
+    with pytest.raises(ValueError, match="is not finished"):
+        finished_calibration(lab.store, "0" * 64)
+    with pytest.raises(ValueError, match="shard s has images without labels"):
+        read_dev_predictions(lab.store, labels)
 
 
 def test_agreement_keeps_what_enough_predictions_say(lab, labels):
