@@ -21,7 +21,7 @@ from models.ranks import parts_of_step
 from models.training import TrainingConfig
 from models.views import check_views
 from storage.shard_cache import CacheConfig
-from tasks.labeling import LabelingConfig
+from tasks.labeling_config import LabelingConfig
 from tasks.launching import ONE_LOCAL_PROCESS, LaunchConfig, LocalLaunch
 from tasks.loading import CACHE, LOADER_THREADS, MATERIALIZE, MaterializeChoice
 from tasks.selection import SelectionConfig

@@ -23,7 +23,7 @@ from storage.store import conditional_create_works
 from tasks import stages
 from tasks.classifiers import read_description
 from tasks.evaluation import read_report
-from tasks.labeling import LabelingConfig
+from tasks.labeling_config import LabelingConfig
 from tasks.loading import LoadingConfig
 from tasks.report import write_report
 from tasks.specifications import Specification

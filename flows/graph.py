@@ -17,6 +17,7 @@ from flows.trained_models import StudentConfig, TrainedTeacher
 from models.finetuning import FinetuneConfig
 from models.training import TrainingConfig
 from tasks import evaluation, labeling, selection
+from tasks.labeling_config import resolved_form
 from tasks.specifications import Specification
 from tasks.training_orders import FollowerRole, Needs, Role, baseline_config, needs_of
 from tasks.training_orders import specify as specify_training
@@ -143,7 +144,7 @@ class RunGraph:
         config, num_classes = self.config, len(self.pins.class_names)
         is_calibrated = (
             config.selection.calibration != "none"
-            or labeling.resolved_form(config.labeling, num_classes) == "top_k"
+            or resolved_form(config.labeling, num_classes) == "top_k"
         )
         return is_calibrated and not config.labeling.is_clean()
 

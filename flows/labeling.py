@@ -23,7 +23,7 @@ from tasks.classifiers import read_description
 from tasks.devices import DeviceChoice, visible_gpus
 from tasks.label_jobs import LabelJob, label_as_a_worker
 from tasks.label_processes import LocalWorkers, OnShard, ThisProcess, WorkerProcesses
-from tasks.labeling import LabelingConfig
+from tasks.labeling_config import LabelingConfig, resolved_form
 from tasks.live_progress import LiveProgress
 from tasks.policies import GPU_LEASE_SECONDS, GPU_LIMIT
 from tasks.predicting import Cut
@@ -86,7 +86,7 @@ def label_corpus(
     )
     if missing:
         cut = None
-        if labeling.resolved_form(config, len(class_names)) == "top_k":
+        if resolved_form(config, len(class_names)) == "top_k":
             assert validation is not None, "refused above"
             dev = finished_calibration(opened, validation)
             cut = Cut(config.k, dev_temperature(opened, dev))

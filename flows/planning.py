@@ -14,7 +14,8 @@ from storage.manifest import read_provenance
 from storage.runs import UnknownRun
 from storage.store import Store
 from tasks.classifiers import read_description
-from tasks.labeling import resolved_form, shards_to_label
+from tasks.labeling import shards_to_label
+from tasks.labeling_config import resolved_form
 from tasks.shard_openers import bytes_of_targets
 from tasks.specifications import Specification, read_result
 from tasks.training_orders import images_per_step

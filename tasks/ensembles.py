@@ -9,27 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.aggregation import (
-    Aggregate,
-    McDropoutConfig,
-    NoUncertaintyConfig,
-    UncertaintyConfig,
-    combine,
-)
+from models.aggregation import McDropoutConfig, NoUncertaintyConfig, combine
 from models.inference import log_probabilities
 from models.mc_dropout import dropout_passes
 from models.randomness import derive_seed
-from models.views import (
-    CleanViewConfig,
-    View,
-    ViewConfig,
-    check_views,
-    view_sizes,
-    views_of,
-)
+from models.views import KRandomViewConfig, View, check_views, view_sizes, views_of
 from storage.store import Store
 from tasks.classifiers import StoredClassifier, load_classifier, model_manifest
 from tasks.images import Interpolation, clean_view, random_resized_view
+from tasks.labeling_config import LabelingConfig
 
 
 @dataclass(frozen=True)
@@ -55,18 +43,12 @@ class Ensemble:
 
     Attributes:
         teachers: in the order of their fingerprints, of one class order.
-        precision: of the forward passes.
-        view: what every teacher is shown.
-        aggregate: of the members' predictions.
-        uncertainty: what is measured, and whether dropout stays on.
-        dropout_rates: of the teachers, where it does.
+        config: views, aggregation, uncertainty and precision.
+        dropout_rates: of the teachers, where dropout stays on.
     """
 
     teachers: tuple[StoredClassifier, ...]
-    precision: Literal["fp32", "bf16"] = "fp32"
-    view: ViewConfig = field(default_factory=CleanViewConfig)
-    aggregate: Aggregate = "mean_prob"
-    uncertainty: UncertaintyConfig = field(default_factory=NoUncertaintyConfig)
+    config: LabelingConfig = field(default_factory=LabelingConfig)
     dropout_rates: tuple[float, ...] = ()
 
     @property
@@ -82,31 +64,27 @@ class Ensemble:
     @property
     def largest_view(self) -> int:
         """Side of the largest view of any teacher, pixels."""
-        sizes = (view_sizes(self.view, one.description.image_size) for one in self.teachers)
+        sizes = (view_sizes(self.config.view, one.description.image_size) for one in self.teachers)
         return max(max(one) for one in sizes)
 
     @property
-    def num_members(self) -> int:
-        """Predictions of every image."""
-        return len(self.teachers) * len(view_sizes(self.view, 1)) * self._passes
-
-    @property
-    def _passes(self) -> int:
-        return self.uncertainty.passes if isinstance(self.uncertainty, McDropoutConfig) else 1
+    def _is_single(self) -> bool:
+        return self.config.num_members(len(self.teachers)) == 1
 
     def views(self, image: NDArray[np.uint8], *, shard: str, key: str) -> list[NDArray[np.uint8]]:
         """Return the views of one image (H, W, 3), teacher by teacher, each (S, S, 3).
 
         Random ones are those of the shard's content and of the key in it, whatever its name is.
         """
-        seed = getattr(self.view, "seed", 0)
+        view_config = self.config.view
+        seed = view_config.seed if isinstance(view_config, KRandomViewConfig) else 0
         stream = derive_seed(seed, "views", shard)
         found: list[NDArray[np.uint8]] = []
         made: dict[Any, NDArray[np.uint8]] = {}
         for teacher in self.teachers:
             shown = teacher.description
             for view in views_of(
-                self.view,
+                view_config,
                 width=image.shape[1],
                 height=image.shape[0],
                 size=shown.image_size,
@@ -138,17 +116,20 @@ class Ensemble:
         for slot, views in enumerate(slots):
             teacher = slot // num_views
             with self._dropout(teacher, slot, shard=shard, batch=batch):
-                probs, sums = forward(np.stack(views), self.teachers[teacher], self.precision)
+                probs, sums = forward(
+                    np.stack(views), self.teachers[teacher], self.config.precision
+                )
             log_probs.append(probs)
             log_sums.append(sums)
-        if self.num_members == 1:
+        if self._is_single:
             return BatchPrediction(log_probs[0], log_sums[0])
-        members = (len(self.teachers), num_views, self._passes, len(images))
+        passes = len(log_probs[0]) // len(images)
+        members = (len(self.teachers), num_views, passes, len(images))
         combined = combine(
             torch.from_numpy(np.stack(log_probs)).reshape(*members, -1),
             torch.from_numpy(np.stack(log_sums)).reshape(members),
-            aggregate=self.aggregate,
-            uncertainty=self.uncertainty,
+            aggregate=self.config.aggregate,
+            uncertainty=self.config.uncertainty,
         )
         return BatchPrediction(
             combined.log_probs.numpy(),
@@ -163,8 +144,8 @@ class Ensemble:
         nothing = BatchPrediction(
             np.zeros((0, len(self.class_names)), np.float32),
             no_rows,
-            None if isinstance(self.uncertainty, NoUncertaintyConfig) else no_rows,
-            None if self.num_members == 1 else no_rows,
+            None if isinstance(self.config.uncertainty, NoUncertaintyConfig) else no_rows,
+            None if self._is_single else no_rows,
         )
         together: dict[str, NDArray[np.float32] | None] = {}
         for one in fields(BatchPrediction):
@@ -176,26 +157,24 @@ class Ensemble:
     def _dropout(
         self, teacher: int, slot: int, *, shard: str, batch: int
     ) -> AbstractContextManager[None]:
-        if not isinstance(self.uncertainty, McDropoutConfig):
+        uncertainty = self.config.uncertainty
+        if not isinstance(uncertainty, McDropoutConfig):
             return nullcontext()
         return dropout_passes(
             self.teachers[teacher].network,
-            passes=self.uncertainty.passes,
+            passes=uncertainty.passes,
             rate=self.dropout_rates[teacher],
-            seed=derive_seed(self.uncertainty.seed, "mc-dropout", shard, batch, slot),
+            seed=derive_seed(uncertainty.seed, "mc-dropout", shard, batch, slot),
         )
 
 
 def load_ensemble(
     store: Store,
     models: Sequence[str],
+    config: LabelingConfig,
     *,
     device: torch.device,
     class_names: Sequence[str],
-    precision: Literal["fp32", "bf16"],
-    view: ViewConfig,
-    aggregate: Aggregate,
-    uncertainty: UncertaintyConfig,
 ) -> Ensemble:
     """Load the teachers of a labeler, in the order of their fingerprints.
 
@@ -207,13 +186,13 @@ def load_ensemble(
         for model in sorted(models)
     )
     for teacher in teachers:
-        check_views(view, teacher.description.architecture, teacher.description.image_size)
+        shown = teacher.description
+        check_views(config.view, shown.architecture, shown.image_size)
     rates: tuple[float, ...] = ()
-    if isinstance(uncertainty, McDropoutConfig):
-        rates = tuple(
-            uncertainty.rate or _trained_dropout(store, teacher.fingerprint) for teacher in teachers
-        )
-    return Ensemble(teachers, precision, view, aggregate, uncertainty, rates)
+    if isinstance(config.uncertainty, McDropoutConfig):
+        given = config.uncertainty.rate
+        rates = tuple(given or _trained_dropout(store, one.fingerprint) for one in teachers)
+    return Ensemble(teachers, config, rates)
 
 
 def _trained_dropout(store: Store, model: str) -> float:

@@ -11,8 +11,8 @@ from pydantic import ConfigDict, TypeAdapter
 from storage.store import open_store
 from tasks import labeling
 from tasks.devices import DeviceChoice, resolve_device
-from tasks.ensembles import Ensemble
-from tasks.labeling import LabelingConfig
+from tasks.ensembles import Ensemble, load_ensemble
+from tasks.labeling_config import LabelingConfig
 from tasks.predicting import Cut
 
 
@@ -96,10 +96,10 @@ def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> int:
 # One: the next round's teachers take the place of the last one's.
 @functools.lru_cache(maxsize=1)
 def _ensemble(job: LabelJob) -> Ensemble:
-    return labeling.load_labeler(
+    return load_ensemble(
         open_store(job.store),
-        job.config,
         job.models,
+        job.config,
         device=resolve_device(job.device),
         class_names=job.class_names,
     )

@@ -21,7 +21,7 @@ from flows.engines import EngineMissing, WorkersLost
 from flows.labeling import label_corpus, local_workers
 from storage.corpus import Shard
 from tasks.label_processes import LabelWorkerLost, ThisProcess, WorkerProcesses
-from tasks.labeling import LabelingConfig
+from tasks.labeling_config import LabelingConfig
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -10,14 +10,12 @@ from PIL import Image
 
 from models.aggregation import (
     McDropoutConfig,
-    NoUncertaintyConfig,
     TeachersUncertaintyConfig,
     ViewsUncertaintyConfig,
 )
 from models.durations import Duration
 from models.noise import NoiseConfig
 from models.views import (
-    CleanViewConfig,
     FiveCropViewConfig,
     HflipViewConfig,
     KRandomViewConfig,
@@ -27,6 +25,7 @@ from storage.predictions import from_parquet, to_parquet
 from storage.samples import RawSample
 from tasks.ensembles import Ensemble, load_ensemble
 from tasks.images import clean_view
+from tasks.labeling_config import LabelingConfig
 from tasks.predicting import predict_samples
 from tasks.shard_items import BadSampleBudget
 
@@ -77,26 +76,27 @@ def clean(number):
     return clean_view(Image.fromarray(pixels_of(number).astype(np.uint8)), 8, 0, "bilinear")
 
 
-def ensemble_of(lab, models, *, class_names=None, view=None, uncertainty=None):
+def ensemble_of(lab, models, *, class_names=None, **settings):
     return load_ensemble(
         lab.store,
         models,
+        LabelingConfig(**settings),
         device=torch.device("cpu"),
         class_names=class_names or lab.class_names,
-        precision="fp32",
-        view=view or CleanViewConfig(),
-        aggregate="mean_prob",
-        uncertainty=uncertainty or NoUncertaintyConfig(),
     )
 
 
+def looking(*teachers, rates=(), **settings):
+    return Ensemble(teachers, LabelingConfig(**settings), rates)
+
+
 def test_two_views_are_averaged(samples, teacher):
-    found = predict(samples, Ensemble((teacher,), view=HflipViewConfig()))
+    found = predict(samples, looking(teacher, view=HflipViewConfig()))
     views = [clean(i) for i in range(7)]
     both = probs_of(teacher, views), probs_of(teacher, [view[:, ::-1] for view in views])
     np.testing.assert_allclose(np.exp(found.log_probs), sum(both) / 2, rtol=1e-5)
     # Averaged logits are another thing, by more than rounding.
-    logits = predict(samples, Ensemble((teacher,), view=HflipViewConfig(), aggregate="mean_logit"))
+    logits = predict(samples, looking(teacher, view=HflipViewConfig(), aggregate="mean_logit"))
     geometric = np.sqrt(both[0] * both[1])
     expected = geometric / geometric.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(np.exp(logits.log_probs), expected, rtol=1e-5)
@@ -110,7 +110,7 @@ def test_a_symmetric_image_looks_the_same_in_the_mirror(teacher):
     once = predict(samples, Ensemble((teacher,)))
     twice = predict(
         samples,
-        Ensemble((teacher,), view=HflipViewConfig(), uncertainty=ViewsUncertaintyConfig()),
+        looking(teacher, view=HflipViewConfig(), uncertainty=ViewsUncertaintyConfig()),
     )
     np.testing.assert_allclose(twice.log_probs, once.log_probs, atol=1e-6)
     assert twice.agreement.tolist() == [1.0]
@@ -124,7 +124,7 @@ def test_scales_are_shown_to_the_network_at_their_size(samples, teacher):
     )
     config = MultiScaleViewConfig(scales=(1.0, 1.5, 2.0), flip=False)
     try:
-        predict(samples[:2], Ensemble((teacher,), view=config))
+        predict(samples[:2], looking(teacher, view=config))
     finally:
         handle.remove()
     assert sizes == [(8, 8), (12, 12), (16, 16)]
@@ -134,7 +134,7 @@ def test_scales_are_shown_to_the_network_at_their_size(samples, teacher):
     "view", [KRandomViewConfig(k=3), FiveCropViewConfig()], ids=lambda v: v.kind
 )
 def test_views_do_not_depend_on_the_batch(samples, teacher, view):
-    ensemble = Ensemble((teacher,), view=view)
+    ensemble = looking(teacher, view=view)
     whole = predict(samples, ensemble)
     alone = [predict([one], ensemble).log_probs[0] for one in samples]
     np.testing.assert_allclose(whole.log_probs, alone, atol=1e-5)
@@ -142,7 +142,7 @@ def test_views_do_not_depend_on_the_batch(samples, teacher, view):
 
 
 def test_random_views_are_those_of_the_shards_content_and_the_key(samples, teacher):
-    ensemble = Ensemble((teacher,), view=KRandomViewConfig(k=2))
+    ensemble = looking(teacher, view=KRandomViewConfig(k=2))
     found = predict(samples, ensemble).log_probs
     # The shard by another name: keys in it are the same.
     renamed = [replace(one, key=one.key.replace("s/", "t/")) for one in samples]
@@ -150,24 +150,24 @@ def test_random_views_are_those_of_the_shards_content_and_the_key(samples, teach
     again = predict_samples(renamed, ensemble, shard=SHARD, batch_size=4, budget=budget)
     np.testing.assert_array_equal(again.log_probs, found)
     assert not np.array_equal(predict(samples, ensemble, shard="6" * 64).log_probs, found)
-    reseeded = replace(ensemble, view=KRandomViewConfig(k=2, seed=1))
+    reseeded = looking(teacher, view=KRandomViewConfig(k=2, seed=1))
     assert not np.array_equal(predict(samples, reseeded).log_probs, found)
 
 
 def test_dropout_passes_are_the_same_again_and_others_under_another_seed(samples, teacher):
-    ensemble = Ensemble((teacher,), uncertainty=DROPOUT, dropout_rates=(0.5,))
+    ensemble = looking(teacher, uncertainty=DROPOUT, rates=(0.5,))
     first = predict(samples, ensemble)
     again = predict(samples, ensemble)
     np.testing.assert_array_equal(again.log_probs, first.log_probs)
     np.testing.assert_array_equal(again.uncertainty, first.uncertainty)
     assert (first.uncertainty > 0).all()
-    reseeded = replace(ensemble, uncertainty=McDropoutConfig(passes=4, seed=1))
+    reseeded = looking(teacher, uncertainty=McDropoutConfig(passes=4, seed=1), rates=(0.5,))
     for other in (predict(samples, reseeded), predict(samples, ensemble, shard="6" * 64)):
         assert not np.array_equal(other.log_probs, first.log_probs)
 
 
 def test_every_batch_of_a_shard_drops_other_units(samples, teacher):
-    ensemble = Ensemble((teacher,), uncertainty=DROPOUT, dropout_rates=(0.5,))
+    ensemble = looking(teacher, uncertainty=DROPOUT, rates=(0.5,))
     twice = predict([samples[0], replace(samples[0], key="s/again")], ensemble, batch_size=1)
     assert not np.array_equal(twice.log_probs[0], twice.log_probs[1])
 
@@ -175,7 +175,7 @@ def test_every_batch_of_a_shard_drops_other_units(samples, teacher):
 def test_batch_norm_is_in_evaluation_mode_while_dropout_is_on(samples, teacher):
     # A pass that drops next to nothing is the clean prediction; under BatchNorm's statistics of
     # the batch it would be far off.
-    ensemble = Ensemble((teacher,), uncertainty=DROPOUT, dropout_rates=(1e-9,))
+    ensemble = looking(teacher, uncertainty=DROPOUT, rates=(1e-9,))
     found = predict(samples, ensemble)
     np.testing.assert_allclose(
         found.log_probs, predict(samples, Ensemble((teacher,))).log_probs, atol=1e-5
@@ -229,7 +229,7 @@ def test_what_was_predicted_once_has_neither_deviation_nor_votes(samples, teache
 
 @pytest.mark.parametrize("count", [7, 0])
 def test_deviation_and_votes_are_stored(samples, teacher, count):
-    ensemble = Ensemble((teacher,), uncertainty=DROPOUT, dropout_rates=(0.5,))
+    ensemble = looking(teacher, uncertainty=DROPOUT, rates=(0.5,))
     found = predict(samples[:count], ensemble).to_predictions([-1] * count)[0]
     read = from_parquet(
         to_parquet(found), num_samples=count, num_classes=3, where="x", optional=found.optional

@@ -95,7 +95,7 @@ def test_two_processes_give_the_bytes_of_one_and_report_every_shard(
     broken = taught.write_split(tmp_path / "x", {"x-0": [("u", b"\xff\xd8\xff cut", None)]})
     corpus = taught.index_into(taught.store, broken).digest
     with pytest.raises(LabelingRefused, match=r"shard x-0: 1 undecodable .*x-0/u"):
-        two.label(job_of(taught, job.model, corpus=corpus), ["x-0"], sizes.append)
+        two.label(job_of(taught, job.models[0], corpus=corpus), ["x-0"], sizes.append)
     two.label(job, stems_of(taught), sizes.append)
     assert sizes == [10] * 10
 

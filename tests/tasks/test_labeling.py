@@ -21,7 +21,8 @@ from storage.samples import CorruptShard
 from tasks import labeling
 from tasks.classifiers import ClassesMismatch, StoredClassifier
 from tasks.ensembles import Ensemble
-from tasks.labeling import LabelingConfig, labeler_fingerprint, resolve_batch_size
+from tasks.labeling import labeler_fingerprint, resolve_batch_size
+from tasks.labeling_config import LabelingConfig
 from tasks.shard_items import TooManyBadSamples
 
 VIEW = {"image_size": 8, "crop_padding": 0, "interpolation": "bilinear"}
