@@ -57,7 +57,7 @@ def label(
         str,
         typer.Argument(
             help="A folder or URL that `selftrain export` wrote; or, in the store, a run (its last"
-            " promoted model) or a model's fingerprint."
+            " promoted model) or a model's fingerprint. Several, joined by commas: an ensemble."
         ),
     ],
     corpus: Annotated[
@@ -77,10 +77,24 @@ def label(
     ] = None,
     exclude: Exclude = None,
     precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="Of the forward pass.")
-    ] = "fp32",
+        Literal["fp32", "bf16"] | None, typer.Option(help="Of the forward pass; default fp32.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images a forward pass; default: chosen once.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="How to label, in YAML: the keys of `labeling` in a run's config, such as `view`;"
+            " in the place of the two options above."
+        ),
+    ] = None,
+    dev: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled shards that calibrate: with more than 256 classes, the 10 most probable"
+            " are stored; without, all of them."
+        ),
     ] = None,
     max_bad_samples: Annotated[
         int, typer.Option(min=0, help="Undecodable images a shard may hold; they are listed.")
@@ -102,18 +116,27 @@ def label(
 
     Example: `selftrain label ./digits-model "s3://bucket/new-{000..099}.tar" ./labels`
     """
+    from flows.config_sections import labeling_from_file, labeling_from_options
+    from flows.loading import ConfigError
     from flows.standalone import label_alone, store_beside
     from flows.terminal_pseudo_labels import print_predictions_written
     from storage.store import open_store
-    from tasks.labeling import LabelingConfig
 
+    has_dev = dev is not None
+    if config is None:
+        how = labeling_from_options(precision=precision, batch_size=batch_size, has_dev=has_dev)
+    elif precision is None and batch_size is None:
+        how = labeling_from_file(config, has_dev=has_dev)
+    else:
+        raise ConfigError(f"--config {config} says how to label: write the other options there")
     url = store or os.environ.get("SELFTRAIN_STORE") or store_beside(out)
     written = label_alone(
         open_store(url, check_writable=True),
         model,
         corpus,
         out,
-        config=LabelingConfig(precision=precision, batch_size=batch_size or "auto"),
+        config=how,
+        dev=dev,
         exclude=exclude,
         device=device,
         max_bad_samples=max_bad_samples,
@@ -188,17 +211,18 @@ def select(
     Example: `selftrain select ./labels ./pseudo-labels --confidence 0.8 --per-class 1000
     --dev shards/dev`
     """
+    from flows.config_sections import rules_from_file, rules_from_options
     from flows.loading import ConfigError
-    from flows.selection_rules import rules_from_file, rules_from_options
-    from flows.standalone import select_alone
+    from flows.standalone import read_labels, select_alone
     from flows.terminal_pseudo_labels import print_selection_written
     from storage.store import open_store
 
+    has_dev = dev is not None or read_labels(predictions)["dev"] is not None
     options = (confidence, per_class, balance, max_copies, debias, target)
     if config is not None:
         if allow_collapse or any(option is not None for option in options):
             raise ConfigError(f"--config {config} holds all rules: write the other options there")
-        rules = rules_from_file(config, has_dev=dev is not None)
+        rules = rules_from_file(config, has_dev=has_dev)
     else:
         rules = rules_from_options(
             confidence=confidence,
@@ -208,7 +232,7 @@ def select(
             debias=debias,
             target=target,
             allow_collapse=allow_collapse,
-            has_dev=dev is not None,
+            has_dev=has_dev,
             has_labeled=labeled is not None,
         )
     written = select_alone(

@@ -56,6 +56,8 @@ class ExplainedRound:
             "confidence": sample.confidence,
             "margin": sample.margin,
             "entropy": sample.entropy,
+            "uncertainty": sample.uncertainty,
+            "agreement": sample.agreement,
             "top": [asdict(one) for one in sample.predicted],
             "judged": judgement | {"kept": sample.judgement.is_kept},
             "fingerprints": {

@@ -1,4 +1,4 @@
-"""Label and select as one flow, for pseudo-labels without a run."""
+"""Label and, if asked, select as one flow, for pseudo-labels without a run."""
 
 from typing import Any
 
@@ -15,12 +15,13 @@ from tasks.selection_config import SelectionConfig
 @flow(name="pseudo-labels", persist_result=False)
 def pseudo_labels(
     store: str,
-    model: str,
+    models: list[str],
     corpus: str,
     class_names: list[str],
     labeling: LabelingConfig | None = None,
     selection: SelectionConfig | None = None,
-    dev: str | None = None,
+    label_dev: str | None = None,
+    select_dev: str | None = None,
     labeled: str | None = None,
     seed: int = 0,
     device: DeviceChoice = "auto",
@@ -30,47 +31,55 @@ def pseudo_labels(
 
     Args:
         store: URL of the store.
-        model: fingerprint.
+        models: fingerprints; several are an ensemble, which no dev split calibrates.
         corpus: digest of the corpus.
         class_names: label space.
         labeling: how to label.
-        selection: the rules.
-        dev: digest of the labelled split that calibrates; None exactly where nothing does.
+        selection: the rules; None: select nothing.
+        label_dev: digest of the labelled split that calibrates the top_k form of predictions.
+        select_dev: digest of the labelled split that calibrates the selection.
         labeled: digest of the labelled corpus, for rules that read its class counts.
         seed: of the draws that round copies.
         device: where to compute.
         max_bad_samples: undecodable images that a shard may hold.
 
-    Returns: fingerprints of labelling and selection.
+    Returns: fingerprints by kind of stage: label and, where it was asked for, select.
     """
+    first, *others = models
+    validations: dict[str, str] = {}
+    for dev in (label_dev, select_dev):
+        if dev is not None and dev not in validations:
+            validated: Any = evaluate_model(
+                store=store,
+                model=first,
+                corpus=dev,
+                kind="validate",
+                class_names=class_names,
+                device=device,
+                max_bad_samples=max_bad_samples,
+            )
+            validations[dev] = validated["fingerprint"]
     labels: Any = label_corpus(
         store=store,
-        model=model,
+        model=first,
+        more_models=others,
         corpus=corpus,
         config=labeling,
         class_names=class_names,
         device=device,
         max_bad_samples=max_bad_samples,
+        validation=None if label_dev is None else validations[label_dev],
     )
-    validation = "none"
-    if dev is not None:
-        validated: Any = evaluate_model(
+    found = {"label": labels["fingerprint"]}
+    if selection is not None:
+        selected: Any = select_pseudo_labels(
             store=store,
-            model=model,
-            corpus=dev,
-            kind="validate",
+            labeling=labels["fingerprint"],
+            validation="none" if select_dev is None else validations[select_dev],
             class_names=class_names,
-            device=device,
-            max_bad_samples=max_bad_samples,
+            config=selection,
+            seed=seed,
+            labeled=labeled,
         )
-        validation = validated["fingerprint"]
-    selected: Any = select_pseudo_labels(
-        store=store,
-        labeling=labels["fingerprint"],
-        validation=validation,
-        class_names=class_names,
-        config=selection,
-        seed=seed,
-        labeled=labeled,
-    )
-    return {"label": labels["fingerprint"], "select": selected["fingerprint"]}
+        found["select"] = selected["fingerprint"]
+    return found

@@ -5,11 +5,12 @@ shard in hand, and a corpus that grew costs its new shards.
 """
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 # First, because it sets Prefect's defaults before Prefect is imported.
 import flows.running
 from flows.corpora import index_corpus, without_keys
-from flows.labeling import label_corpus
 from flows.loading import ConfigError
 from flows.opening import check_labels
 from flows.pseudo_labels import pseudo_labels
@@ -31,7 +32,7 @@ from tasks.publishing import (
     read_publication,
 )
 from tasks.selection_config import SelectionConfig
-from tasks.specifications import read_result
+from tasks.specifications import finished_result
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _SAME_COMMAND = "the same command"
@@ -74,54 +75,86 @@ def model_named(store: Store, model: str) -> str:
 
 def label_alone(
     store: Store,
-    model: str,
+    models: str,
     pattern: str,
     out: str,
     *,
     config: LabelingConfig,
+    dev: str | None,
     exclude: str | None,
     device: DeviceChoice,
     max_bad_samples: int,
     has_log_probs: bool,
 ) -> Publication:
-    """Label a corpus with a model and write the predictions to a folder.
+    """Label a corpus with a model, or an ensemble, and write the predictions to a folder.
 
+    Args:
+        store: keeps the work.
+        models: as `model_named` takes them, joined by commas.
+        pattern: of the corpus's shards.
+        out: folder or URL.
+        config: how to label.
+        dev: labelled split that calibrates the top_k form.
+        exclude: text file of sample keys that are left out.
+        device: where to compute.
+        max_bad_samples: undecodable images that a shard may hold.
+        has_log_probs: write the classes' probabilities, too.
     Raises: StoppedOnRequest; UnknownModel; OutputMismatch; and what labelling raises.
     """
     read_publication(out, "predictions")  # a folder of something else is told at once
     with showing_progress():
-        fingerprint = model_named(store, _one_model(model))
+        fingerprints = [model_named(store, one) for one in models.split(",") if one]
+        if not fingerprints:
+            raise ConfigError(f"MODEL = {models!r} names no model")
+        _refuse_dev_of_ensemble(fingerprints, dev)
         corpus = index_corpus(
             store, pattern, named="CORPUS", exclude=exclude, exclude_named="--exclude"
         )
+        label_dev = None if dev is None else _labeled_split(store, dev, "--dev")
+    class_names = list(read_description(store, fingerprints[0]).class_names)
     found, _ = flows.running.run_flow(
-        lambda: label_corpus(
+        lambda: pseudo_labels(
             store=store.url,
-            model=fingerprint,
+            models=fingerprints,
             corpus=corpus.digest,
-            config=config,
+            class_names=class_names,
+            labeling=config,
+            label_dev=label_dev,
             device=device,
             max_bad_samples=max_bad_samples,
             return_state=True,
         ),
         go_on=_SAME_COMMAND,
     )
-    labeling = read_result(store, "label", found["fingerprint"])
-    assert labeling is not None, "the flow ended well"
     with showing_progress():
         return publish_predictions(
             store,
-            labeling,
+            finished_result(store, "label", found["label"]),
             corpus,
             out,
-            class_names=read_description(store, fingerprint).class_names,
+            class_names=class_names,
             facts={
-                "models": [fingerprint],
+                "models": fingerprints,
                 "labeling_config": config.model_dump(mode="json"),
+                "dev": label_dev,
                 "max_bad_samples": max_bad_samples,
             },
             has_log_probs=has_log_probs,
         )
+
+
+def read_labels(predictions: str) -> dict[str, Any]:
+    """Return the index of a folder that `label_alone` wrote.
+
+    Raises: FileNotFoundError; OutputMismatch.
+    """
+    index = read_publication(predictions, "predictions")
+    if index is None:
+        raise FileNotFoundError(
+            f"{predictions} holds no predictions: make them with `selftrain label MODEL CORPUS"
+            f" {predictions}`"
+        )
+    return index
 
 
 def select_alone(
@@ -144,44 +177,46 @@ def select_alone(
         out: folder or URL.
         store: where the predictions are stored; None: where the folder's index says.
         config: the rules.
-        dev: labelled split that calibrates; None exactly where calibration is none.
+        dev: labelled split that calibrates; None: that of the predictions, if they have one.
         labeled: labelled corpus whose class shares some rules read.
         exclude: text file of sample keys that are left out.
         seed: of the draws that round copies.
         device: where dev, and shards with excluded samples, are labelled.
-        has_rejected: keep rejected rows in the files.
+        has_rejected: write rejected rows, too.
     Raises: StoppedOnRequest; OutputMismatch; and what a selection raises.
     """
-    index = read_publication(predictions, "predictions")
-    if index is None:
-        raise FileNotFoundError(
-            f"{predictions} holds no predictions: make them with `selftrain label MODEL CORPUS"
-            f" {predictions}`"
-        )
+    index = read_labels(predictions)
     read_publication(out, "selection")
+    _refuse_dev_of_ensemble(index["models"], dev)
+    if dev is not None and config.calibration == "none":
+        raise ConfigError(
+            f"--dev {dev} has no effect with calibration: none. Leave one of them out"
+        )
     store = store or open_store(index["store"])
     corpus = load_corpus(store, index["corpus"])
     class_names: list[str] = index["class_names"]
+    select_dev, counted = index["dev"], None
     with showing_progress():
         if exclude is not None:
             locations = load_locations(store, corpus.digest)
             shown = f"--exclude = {exclude!r}"
             corpus = without_keys(corpus, locations, exclude, named=predictions, shown=shown)
-            save_corpus(store, corpus, locations)
-        splits = {
-            name: None if pattern is None else _labeled_split(store, pattern, f"--{name}")
-            for name, pattern in (("dev", dev), ("labeled", labeled))
-        }
+            save_corpus(store, corpus, {one.stem: locations[one.stem] for one in corpus.shards})
+        if dev is not None:
+            select_dev = _labeled_split(store, dev, "--dev")
+        if labeled is not None:
+            counted = _labeled_split(store, labeled, "--labeled")
     found, _ = flows.running.run_flow(
         lambda: pseudo_labels(
             store=store.url,
-            model=index["models"][0],
+            models=index["models"],
             corpus=corpus.digest,
             class_names=class_names,
             labeling=LabelingConfig.model_validate(index["labeling_config"]),
             selection=config,
-            dev=splits["dev"],
-            labeled=splits["labeled"],
+            label_dev=index["dev"],
+            select_dev=None if config.calibration == "none" else select_dev,
+            labeled=counted,
             seed=seed,
             device=device,
             max_bad_samples=index["max_bad_samples"],
@@ -189,19 +224,24 @@ def select_alone(
         ),
         go_on=_SAME_COMMAND,
     )
-    labeling, selection = (read_result(store, kind, found[kind]) for kind in ("label", "select"))
-    assert labeling is not None, "the flow ended well"
-    assert selection is not None, "the flow ended well"
     with showing_progress():
         return publish_selection(
             store,
-            labeling,
-            selection,
+            finished_result(store, "label", found["label"]),
+            finished_result(store, "select", found["select"]),
             corpus,
             out,
             class_names=class_names,
             facts={"models": index["models"], "calibration": config.calibration},
             has_rejected=has_rejected,
+        )
+
+
+def _refuse_dev_of_ensemble(models: Sequence[str], dev: str | None) -> None:
+    if dev is not None and len(models) > 1:
+        raise ConfigError(
+            f"--dev with {len(models)} models: what calibrates one model does not calibrate the"
+            " mean of several. Leave --dev out"
         )
 
 
@@ -215,10 +255,3 @@ def _labeled_split(store: Store, pattern: str, named: str) -> str:
             ' names. Write {"schema": 1, "class_names": [...]} there'
         )
     return split.digest
-
-
-def _one_model(model: str) -> str:
-    models = [name for name in model.split(",") if name]
-    if len(models) != 1:
-        raise ConfigError(f"MODEL = {model!r}: {len(models)} models; one is needed")
-    return models[0]

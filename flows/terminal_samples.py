@@ -17,6 +17,8 @@ _FACTS: dict[str, Callable[[ExplainedRound], str]] = {
     "predicted class": lambda one: one.sample.predicted[0].label,
     "its confidence": lambda one: _number(one.sample.confidence),
     "margin over the second": lambda one: _number(one.sample.margin),
+    "deviation": lambda one: _number(one.sample.uncertainty),
+    "share of votes": lambda one: _number(one.sample.agreement),
     "most probable classes": lambda one: _classes(one.sample.predicted),
     "calibrated": lambda one: _number(one.sample.judgement.calibrated_confidence),
     "debiased": lambda one: _number(one.sample.judgement.debiased_confidence),

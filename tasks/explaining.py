@@ -78,6 +78,9 @@ class SampleInRound:
         confidence: of the first of them, in [0, 1].
         margin: over the second.
         entropy: nats.
+        uncertainty: deviation of its probability over views, teachers or passes; None where it
+            was not measured.
+        agreement: share of their votes; None where one prediction was made.
         judgement: of the selection.
         truth: name of the true class where the corpus has it: diagnosis only, nothing reads it.
     """
@@ -86,6 +89,8 @@ class SampleInRound:
     confidence: float
     margin: float
     entropy: float
+    uncertainty: float | None
+    agreement: float | None
     judgement: Judgement
     truth: str | None
 
@@ -127,10 +132,15 @@ def explain_round(
     )
     truth = int(predictions.true_label[row])
     return SampleInRound(
-        predicted=_top(np.exp(predictions.log_probs[row].astype(np.float64)), class_names),
+        predicted=_top(
+            np.exp(predictions.log_probs[row].astype(np.float64)),
+            _listed_names(predictions, row, class_names),
+        ),
         confidence=float(predictions.confidence[row]),
         margin=float(predictions.margin[row]),
         entropy=float(predictions.entropy[row]),
+        uncertainty=_at(predictions.uncertainty, row),
+        agreement=_at(predictions.agreement, row),
         judgement=_judgement(
             predictions,
             row,
@@ -159,6 +169,17 @@ def read_image(store: Store, corpus: Corpus, stem: str, key: str) -> bytes:
 def _predictions(store: Store, labeling: Manifest, shard: Shard) -> Predictions:
     labeler = labeling.inputs["labeler"].fingerprint
     return read_predictions(store, prediction_record(store, labeler, shard.digest))
+
+
+def _listed_names(predictions: Predictions, row: int, class_names: Sequence[str]) -> Sequence[str]:
+    """Return the names of the classes that a row's probabilities are of."""
+    if predictions.listed is None:
+        return class_names
+    return [class_names[int(class_id)] for class_id in predictions.listed.class_ids[row]]
+
+
+def _at(values: NDArray[np.float32] | None, row: int) -> float | None:
+    return None if values is None else float(values[row])
 
 
 def _judgement(
@@ -191,7 +212,15 @@ def _judgement(
         threshold=threshold,
         kept_from=kept_from,
         reason=reason.name.lower(),
-        reason_in_words=_reason_in_words(reason, confidence, threshold, kept_from),
+        reason_in_words=_reason_in_words(
+            reason,
+            confidence,
+            threshold,
+            kept_from,
+            rule=rules["threshold"],
+            uncertainty=_at(predictions.uncertainty, row),
+            agreement=_at(predictions.agreement, row),
+        ),
         copies=int(chosen.copies[chosen_row]),
         weight=float(chosen.weight[chosen_row]),
         target=target,
@@ -210,30 +239,44 @@ def _thresholds(
     """
     by_class = summary.get("class_thresholds")
     kept_from = None if by_class is None else float(by_class[label])
-    if rules["threshold"]["kind"] == "fixed":
-        return float(rules["threshold"]["confidence"]), kept_from
+    rule = rules["threshold"]
+    if rule["kind"] in ("fixed", "uncertainty", "agreement"):
+        return float(rule["confidence"]), kept_from
     return (kept_from if rules["balance"]["kind"] == "none" else None), kept_from
 
 
 def _reason_in_words(
-    reason: Reason, confidence: float, threshold: float | None, kept_from: float | None
+    reason: Reason,
+    confidence: float,
+    threshold: float | None,
+    kept_from: float | None,
+    *,
+    rule: Mapping[str, Any],
+    uncertainty: float | None,
+    agreement: float | None,
 ) -> str:
     match reason:
         case Reason.KEPT:
             return "kept"
         case Reason.BELOW_THRESHOLD if threshold is None:
             return f"confidence {confidence:.4f} is below the threshold of its class"
-        case Reason.BELOW_THRESHOLD:
+        case Reason.BELOW_THRESHOLD if _is_below(confidence, threshold):
             return f"confidence {confidence:.4f} is below {threshold:.4f}"
-        # Compared as the rules do, in float32: one written as 0.9 reaches a cut at 0.9.
-        case Reason.OVER_QUOTA if kept_from is not None and np.float32(confidence) < np.float32(
-            kept_from
-        ):
+        case Reason.BELOW_THRESHOLD if rule["kind"] == "uncertainty":
+            return f"deviation {uncertainty:.4f} is not below {rule['max_std']}"
+        case Reason.BELOW_THRESHOLD if rule["kind"] == "agreement":
+            return f"{agreement:.0%} of the votes are for it, {rule['min_fraction']:.0%} are asked"
+        case Reason.OVER_QUOTA if kept_from is not None and _is_below(confidence, kept_from):
             return f"over quota: its class is full from confidence {kept_from:.4f} on"
         case Reason.OVER_QUOTA:
             return "over quota: its class is thinned at random, and the draw gave it no copy"
         case _:
             return words(reason.name.lower())
+
+
+def _is_below(confidence: float, bound: float) -> bool:
+    """Compare as the rules do, in float32: a confidence written as 0.9 reaches a cut at 0.9."""
+    return bool(np.float32(confidence) < np.float32(bound))
 
 
 def _target(

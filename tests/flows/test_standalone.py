@@ -143,6 +143,34 @@ def test_an_exported_model_is_its_own_in_the_store_that_it_came_from(world: Worl
     assert len(world.labelled) == 4
 
 
+def test_several_models_label_as_the_mean_of_their_probabilities(world: World) -> None:
+    second = world.lab.train(world.lab.order(seed=1)).fingerprint
+    export_model(world.lab.store, second, world.folder / "second")
+    both = f"{world.model},{world.folder / 'second'}"
+    answer = json.loads(_invoke("label", both, world.corpus, world.labels, "--json").stdout)
+    assert len(answer["models"]) == 2
+    rows = pyarrow.parquet.read_table(f"{world.labels}/shards").to_pylist()
+    image = decode_image(world.lab.png(0, 3003, hardness=0.8 * 3 / 4), where="test")
+    view = np.stack([clean_view(image, 8, 0, "bilinear")])
+    probs = [load_model(m).probabilities(view).numpy()[0] for m in both.split(",")]
+    row = next(row for row in rows if row["key"] == "unlabeled-0/u003")
+    assert np.exp(row["log_probs"]) == pytest.approx(np.mean(probs, axis=0), abs=2e-3)
+    dev = f"--dev={world.lab.folder / 'dev'}"
+    refused = _invoke("label", both, world.corpus, world.labels, dev, expect=2)
+    assert "does not calibrate the mean of several" in refused.stderr
+
+
+def test_predictions_of_the_top_k_form_are_calibrated_on_the_dev_split_of_their_labelling(
+    world: World,
+) -> None:
+    how = world.folder / "labeling.yaml"
+    how.write_text("form: top_k\nk: 2\n")
+    world.label(f"--config={how}", f"--dev={world.lab.folder / 'dev'}")
+    table = pyarrow.parquet.read_table(f"{world.labels}/shards")
+    assert {"class_ids", "log_probs", "rest_mass"} <= set(table.column_names)
+    assert {len(ids) for ids in table.column("class_ids").to_pylist()} == {2}
+
+
 def test_kept_pseudo_labels_reach_the_confidence_and_the_summary_counts_them(world: World) -> None:
     world.label()
     predictions = pyarrow.parquet.read_table(f"{world.labels}/shards").to_pylist()
@@ -276,7 +304,7 @@ def test_what_cannot_be_is_refused_by_name(world: World) -> None:
         *("label", "nightly", world.corpus, labels)
     )
     assert "holds no model.json" in refused("label", "./no/model", world.corpus, labels)
-    assert "2 models; one is needed" in refused("label", "a,b", world.corpus, labels)
+    assert "names no model" in refused("label", ",", world.corpus, labels)
     assert "CORPUS: " in refused("label", world.model, "./nowhere", labels, expect=1)
     assert "holds no predictions: make them with `selftrain label" in refused(
         *("select", labels, out), expect=1
@@ -295,6 +323,14 @@ def test_what_cannot_be_is_refused_by_name(world: World) -> None:
     )
     rules.write_text("treshold: {}\n")
     assert "treshold" in refused("select", labels, out, f"--config={rules}")
+    rules.write_text("calibration: none\n")
+    assert "has no effect with calibration: none" in refused(
+        *("select", labels, out, f"--config={rules}", f"--dev={world.lab.folder / 'dev'}")
+    )
+    rules.write_text("form: top_k\nk: 2\n")
+    assert "form=top_k may be calibrated on labelled images" in refused(
+        *("label", world.model, world.corpus, f"{labels}-k", f"--config={rules}")
+    )
     assert "holds predictions, not a selection" in refused("select", labels, labels)
     foreign = Path(out, "shards")
     foreign.mkdir(parents=True)
