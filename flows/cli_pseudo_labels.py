@@ -29,7 +29,7 @@ def explain(
 ) -> None:
     """Follow one unlabelled image through a run: what it was taken for, kept or rejected, and why.
 
-    Example: `selftrain explain demo unlabeled-000003/000007 --store ./selftrain-store
+    Example: `selftrain explain demo unlabeled-000003/00000363 --store ./selftrain-store
     --image why.png`
     """
     from flows.explaining import explain_sample, read_explained_image
