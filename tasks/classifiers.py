@@ -1,10 +1,10 @@
 """Models in the store: how they are written, and how a stage loads one in the run's label space."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.description import (
     LoadedModel,
@@ -13,6 +13,7 @@ from models.description import (
     model_from_weights,
     weights_from_bytes,
 )
+from models.inference import InferenceNetwork, Precision
 from storage.addresses import model_folder
 from storage.manifest import Manifest, StoredObject, put_object, read_manifest, read_stored
 from storage.store import Store
@@ -43,6 +44,15 @@ class StoredClassifier:
     description: ModelDescription
     class_names: tuple[str, ...]
     device: torch.device
+    _ready: dict[Precision, InferenceNetwork] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def ready(self, precision: Precision) -> InferenceNetwork:
+        """Return the network made ready for inference, once for each precision."""
+        if precision not in self._ready:
+            self._ready[precision] = InferenceNetwork(self.network, precision)
+        return self._ready[precision]
 
 
 def put_model(
@@ -90,13 +100,11 @@ def load_classifier(
     loaded: LoadedModel = model_from_weights(
         description, weights, device=device, where=store.url_of(stored.path)
     )
-    network: nn.Module = loaded.classifier
+    network = loaded.classifier
     names = description.class_names if class_names is None else tuple(class_names)
     if names != description.class_names:
         order = class_order(description.class_names, names, model=model_folder(fingerprint))
-        network = _Reordered(network, torch.tensor(order)).to(device)
-    if device.type == "cuda":
-        network = network.to(memory_format=torch.channels_last)
+        network.reorder_outputs(order)
     return StoredClassifier(fingerprint, network.eval(), description, names, device)
 
 
@@ -116,20 +124,6 @@ def class_order(theirs: Sequence[str], wanted: Sequence[str], *, model: str) -> 
         )
     positions = {name: position for position, name in enumerate(theirs)}
     return [positions[name] for name in wanted]
-
-
-class _Reordered(nn.Module):
-    """A classifier whose outputs are put into another order."""
-
-    order: Tensor
-
-    def __init__(self, network: nn.Module, order: Tensor) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("order", order)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)[:, self.order]
 
 
 def _some(names: list[str]) -> str:

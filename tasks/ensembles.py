@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from models.aggregation import McDropoutConfig, NoUncertaintyConfig, combine
-from models.inference import log_probabilities
+from models.inference import Precision, log_probabilities
 from models.mc_dropout import dropout_passes
 from models.randomness import derive_seed
 from models.views import KRandomViewConfig, View, check_views, view_sizes, views_of
@@ -116,9 +116,7 @@ class Ensemble:
         for slot, views in enumerate(slots):
             teacher = slot // num_views
             with self._dropout(teacher, slot, shard=shard, batch=batch):
-                probs, sums = forward(
-                    np.stack(views), self.teachers[teacher], self.config.precision
-                )
+                probs, sums = forward(views, self.teachers[teacher], self.config.precision)
             log_probs.append(probs)
             log_sums.append(sums)
         if self._is_single:
@@ -161,7 +159,7 @@ class Ensemble:
         if not isinstance(uncertainty, McDropoutConfig):
             return nullcontext()
         return dropout_passes(
-            self.teachers[teacher].network,
+            self.teachers[teacher].ready(self.config.precision),
             passes=uncertainty.passes,
             rate=self.dropout_rates[teacher],
             seed=derive_seed(uncertainty.seed, "mc-dropout", shard, batch, slot),
@@ -214,13 +212,16 @@ def _cut(image: NDArray[np.uint8], view: View, interpolation: Interpolation) -> 
 
 
 def forward(
-    views: NDArray[np.uint8], classifier: StoredClassifier, precision: Literal["fp32", "bf16"]
+    views: Sequence[NDArray[np.uint8]], classifier: StoredClassifier, precision: Precision
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return (B, C) log-probabilities and (B,) logsumexp of (B, S, S, 3) uint8 views.
+    """Return (B, C) log-probabilities and (B,) logsumexp of B views (S, S, 3).
 
     Under `dropout_passes` there are P * B rows.
     """
+    is_remote = classifier.device.type == "cuda"
+    stacked = torch.empty((len(views), *views[0].shape), dtype=torch.uint8, pin_memory=is_remote)
+    np.stack(views, out=stacked.numpy())
     # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy on the way to the device.
-    images = torch.from_numpy(views).permute(0, 3, 1, 2).to(classifier.device)
-    log_probs, log_sums = log_probabilities(classifier.network, images, precision)
+    images = stacked.permute(0, 3, 1, 2).to(classifier.device, non_blocking=is_remote)
+    log_probs, log_sums = log_probabilities(classifier.ready(precision), images)
     return log_probs.cpu().numpy(), log_sums.cpu().numpy()

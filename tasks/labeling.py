@@ -31,12 +31,13 @@ from tasks import provenance
 from tasks.ensembles import Ensemble
 from tasks.images import CONVERSION
 from tasks.labeling_config import LabelingConfig, resolved_form
-from tasks.predicting import Cut, predict_samples
+from tasks.overlapping import read_ahead, write_behind
+from tasks.predicting import Cut, OpenShard, Predicted, predict_shards
 from tasks.shard_items import BadSampleBudget
 from tasks.specifications import Specification
 
 VERSION = 1
-LABELER_VERSION = 1
+LABELER_VERSION = 2
 
 _IMAGE_BYTES_PER_BATCH = 256 * 2**20
 
@@ -143,15 +144,20 @@ def shards_to_label(
         verify: look at the objects that records name, too, and withdraw the records of damaged
             ones; None: a record is enough.
     """
+    return _without_record(store, labeler, corpus.shards, verify=verify)
 
+
+def _without_record(
+    store: Store, labeler: str, shards: Sequence[Shard], *, verify: Verification | None = None
+) -> list[Shard]:
     def record_of(shard: Shard) -> dict[str, Any] | None:
         if verify is None:
             return read_record(store, labeler, shard.digest)
         return read_whole_record(store, labeler, shard.digest, verify=verify)
 
     with ThreadPoolExecutor(16) as pool:
-        records = pool.map(record_of, corpus.shards)
-        return [s for s, found in zip(corpus.shards, records, strict=True) if found is None]
+        records = pool.map(record_of, shards)
+        return [s for s, found in zip(shards, records, strict=True) if found is None]
 
 
 def label_shards(
@@ -167,32 +173,27 @@ def label_shards(
 ) -> Iterator[int]:
     """Label shards one by one and yield the number of samples of each once it is committed.
 
-    Shards that are recorded already are passed over. With `cut` the top_k form is stored, else the
-    full one.
+    One shard is read ahead and one written behind. Shards that are recorded already are passed
+    over and come first. With `cut` the top_k form is stored, else the full one.
 
     Raises: TooManyBadSamples, MissingShard, CorruptShard.
     """
     corpus = load_corpus(store, corpus_digest)
     locations = load_locations(store, corpus_digest)
     truth = _Truth(corpus, ensemble.class_names)
-    for stem in stems:
-        shard = corpus.shard(stem)
-        # A group that is tried again goes on where it broke off.
-        if read_record(store, labeler, shard.digest) is not None:
-            yield shard.num_samples
-            continue
-        budget = BadSampleBudget(stem, max_bad_samples)
-        predicted = predict_samples(
-            read_samples(corpus, locations, stem),
-            ensemble,
-            shard=shard.digest,
-            batch_size=batch_size,
-            budget=budget,
-        )
-        bad = {in_shard_key(key, stem): reason for key, reason in sorted(budget.reasons.items())}
+
+    def read(shard: Shard) -> OpenShard:
+        samples = read_samples(corpus, locations, shard.stem)
+        return OpenShard(shard.digest, samples, BadSampleBudget(shard.stem, max_bad_samples))
+
+    def write(labeled: tuple[OpenShard, Predicted]) -> int:
+        opened, predicted = labeled
         predictions, prob_sums = predicted.to_predictions(
             [truth.of(label) for label in predicted.labels], cut=cut
         )
+        shard = corpus.shard(opened.budget.stem)
+        reasons = sorted(opened.budget.reasons.items())
+        bad = {in_shard_key(key, shard.stem): reason for key, reason in reasons}
         calibrated = {} if cut is None else {"temperature": cut.temperature}
         write_predictions(
             store,
@@ -202,7 +203,17 @@ def label_shards(
             {"bad_samples": bad, **calibrated},
             prob_sums=prob_sums,
         )
-        yield shard.num_samples
+        return shard.num_samples
+
+    # A group that is tried again goes on where it broke off.
+    wanted = [corpus.shard(stem) for stem in stems]
+    missing = _without_record(store, labeler, wanted)
+    missing_stems = {shard.stem for shard in missing}
+    for shard in wanted:
+        if shard.stem not in missing_stems:
+            yield shard.num_samples
+    labeled = predict_shards(read_ahead(missing, read), ensemble, batch_size=batch_size)
+    yield from write_behind(labeled, write)
 
 
 class _Truth:

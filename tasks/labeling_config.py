@@ -25,7 +25,8 @@ class LabelingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast of the forward pass; part of the address."
+        default="fp32",
+        description="bf16: weights and activations, the softmax is float32; part of the address.",
     )
     form: Literal["full", "top_k", "auto"] = Field(
         default="auto",

@@ -1,7 +1,6 @@
 """Raw samples through classifiers: decode ahead in threads, forward batch by batch."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +10,10 @@ from numpy.typing import NDArray
 from models.top_k_probs import cut_to_top_k
 from storage.predictions import Listed, Predictions
 from storage.samples import RawSample, in_shard_key
+from tasks.decoding import Views, decode_threads, decoded_batches
 from tasks.ensembles import BatchPrediction, Ensemble
-from tasks.images import BadImage, decode_pixels
+from tasks.images import BadImage
 from tasks.shard_items import BadSampleBudget
-
-_DECODE_THREADS = 4
-_BATCHES_AHEAD = 2
 
 
 class Cut(NamedTuple):
@@ -95,6 +92,56 @@ class Predicted:
         )
 
 
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard that was read.
+
+    Attributes:
+        digest: sha256 of the shard, which random views and dropout go by.
+        samples: in the shard's order.
+        budget: of its bad samples; knows its stem.
+    """
+
+    digest: str
+    samples: Sequence[RawSample]
+    budget: BadSampleBudget
+
+
+def predict_shards(
+    shards: Iterable[OpenShard], ensemble: Ensemble, *, batch_size: int
+) -> Iterator[tuple[OpenShard, Predicted]]:
+    """Predict every decodable sample, shard by shard.
+
+    Batches are cut by position in the shard, so that a run that skips a shard computes the same
+    bits for the others. Undecodable samples are counted in the shard's budget and left out.
+
+    Raises: TooManyBadSamples; ValueError if a model gives NaN.
+    """
+
+    def views_of(shard: OpenShard, sample: RawSample, pixels: NDArray[np.uint8]) -> Views:
+        key = in_shard_key(sample.key, shard.budget.stem)
+        return ensemble.views(pixels, shard=shard.digest, key=key)
+
+    batches = decoded_batches(
+        shards, views_of, batch_size=batch_size, threads=decode_threads(ensemble.device)
+    )
+    kept: list[RawSample] = []
+    predicted: list[BatchPrediction] = []
+    for batch in batches:
+        views: list[Views] = []
+        for sample, found in zip(batch.samples, batch.views, strict=True):
+            if isinstance(found, BadImage):
+                batch.shard.budget.spend(sample.key, found)
+            else:
+                kept.append(sample)
+                views.append(found)
+        if views:
+            predicted.append(ensemble.predict(views, shard=batch.shard.digest, batch=batch.number))
+        if batch.is_last:
+            yield batch.shard, _joined(batch.shard, kept, ensemble.joined(predicted))
+            kept, predicted = [], []
+
+
 def predict_samples(
     samples: Sequence[RawSample],
     ensemble: Ensemble,
@@ -103,49 +150,15 @@ def predict_samples(
     batch_size: int,
     budget: BadSampleBudget,
 ) -> Predicted:
-    """Predict every decodable sample of one shard.
+    """Predict one shard, as `predict_shards` does; `shard` is its digest."""
+    opened = OpenShard(shard, samples, budget)
+    ((_, predicted),) = predict_shards([opened], ensemble, batch_size=batch_size)
+    return predicted
 
-    Batches are cut by position in the shard, so that a run that skips a shard computes the same
-    bits for the others. Undecodable samples are counted in the budget and left out.
 
-    Args:
-        samples: of the shard.
-        ensemble: who predicts, and from which views.
-        shard: its digest, which random views and dropout go by.
-        batch_size: images of a forward pass.
-        budget: of bad samples; knows the shard's stem.
-    Raises: TooManyBadSamples; ValueError if a model gives NaN.
-    """
-
-    def decode(sample: RawSample) -> list[NDArray[np.uint8]] | BadImage:
-        try:
-            image = decode_pixels(sample.image, where=sample.key)
-        except BadImage as error:
-            return error
-        return ensemble.views(image, shard=shard, key=in_shard_key(sample.key, budget.stem))
-
-    kept: list[RawSample] = []
-    predicted: list[BatchPrediction] = []
-    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        ahead = [[pool.submit(decode, s) for s in batch] for batch in batches[:_BATCHES_AHEAD]]
-        for number, batch in enumerate(batches):
-            if number + _BATCHES_AHEAD < len(batches):
-                following = batches[number + _BATCHES_AHEAD]
-                ahead.append([pool.submit(decode, s) for s in following])
-            views: list[list[NDArray[np.uint8]]] = []
-            for sample, future in zip(batch, ahead.pop(0), strict=True):
-                found = future.result()
-                if isinstance(found, BadImage):
-                    budget.spend(sample.key, found)
-                else:
-                    kept.append(sample)
-                    views.append(found)
-            if views:
-                predicted.append(ensemble.predict(views, shard=shard, batch=number))
-    together = ensemble.joined(predicted)
+def _joined(shard: OpenShard, kept: Sequence[RawSample], together: BatchPrediction) -> Predicted:
     return Predicted(
-        keys=tuple(in_shard_key(sample.key, budget.stem) for sample in kept),
+        keys=tuple(in_shard_key(sample.key, shard.budget.stem) for sample in kept),
         labels=tuple(sample.label for sample in kept),
         log_probs=together.log_probs,
         logsumexp=together.logsumexp,

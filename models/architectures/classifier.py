@@ -1,5 +1,6 @@
 """What the pipeline calls a classifier: normalisation and a network, images in, logits out."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -87,6 +88,15 @@ class Classifier(nn.Module):
         self.auxiliary_head = nn.Sequential(
             nn.Linear(main.in_features, width), nn.ReLU(), nn.Linear(width, main.out_features)
         )
+
+    def reorder_outputs(self, order: Sequence[int]) -> None:
+        """Let output i be what was output `order[i]`, a permutation of all outputs."""
+        last = _last_linear(self.backbone)
+        if sorted(order) != list(range(last.out_features)):
+            raise ValueError(f"order must be a permutation of {last.out_features} outputs")
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.copy_(parameter[list(order)])
 
     def without_auxiliary_head(self) -> "Classifier":
         """Return the classifier that is used after training; it shares weights with this one."""

@@ -30,13 +30,14 @@ def world(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "World":
     shutil.copytree(lab.folder / "unlabeled", corpus)
     (corpus / "unlabeled-4.tar").unlink()
     labelled: list[str] = []
-    predict = labeling.predict_samples
+    predict = labeling.predict_shards
 
-    def counting(samples: Any, *arguments: Any, **options: Any) -> Any:
-        labelled.append(samples[0].key.partition("/")[0])
-        return predict(samples, *arguments, **options)
+    def counting(*arguments: Any, **options: Any) -> Any:
+        for shard, predicted in predict(*arguments, **options):
+            labelled.append(shard.budget.stem)
+            yield shard, predicted
 
-    monkeypatch.setattr(labeling, "predict_samples", counting)
+    monkeypatch.setattr(labeling, "predict_shards", counting)
     return World(lab, tmp_path, fingerprint, labelled)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.architectures import SmallCnnConfig
 from models.durations import Duration
-from models.inference import log_probabilities
+from models.inference import InferenceNetwork, log_probabilities
 from models.noise import NoiseConfig, StochasticDepthConfig
 from models.objectives import Batch
 from models.optimization import AdamWConfig, EmaConfig, LARSConfig, RMSpropTFConfig, SGDConfig
@@ -442,7 +442,7 @@ def test_config_survives_json_and_refuses_unknown_keys():
 def test_log_probabilities_and_logsumexp_give_back_the_logits():
     model = fresh(config()).final_model
     images = next_batch(0).images
-    log_probs, log_sums = log_probabilities(model, images)
+    log_probs, log_sums = log_probabilities(InferenceNetwork(model), images)
     with torch.no_grad():
         logits = copy.deepcopy(model).eval()(images)
     torch.testing.assert_close(log_probs + log_sums[:, None], logits)
@@ -454,8 +454,8 @@ def test_inference_is_without_noise_and_leaves_the_mode():
     model = fresh(config()).model.train()
     images = next_batch(0).images
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first, _ = log_probabilities(model, images)
-    second, _ = log_probabilities(model, images)
+    first, _ = log_probabilities(InferenceNetwork(model), images)
+    second, _ = log_probabilities(InferenceNetwork(model), images)
     assert torch.equal(first, second)
     assert model.training
     assert equal(before, model.state_dict())
@@ -463,19 +463,20 @@ def test_inference_is_without_noise_and_leaves_the_mode():
 
 def test_bytes_and_floats_of_the_same_image_predict_the_same():
     model = fresh(config()).model
+    ready = InferenceNetwork(model)
     raw = torch.randint(
         256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(
-        log_probabilities(model, raw)[0], log_probabilities(model, raw.float() / 255)[0]
+        log_probabilities(ready, raw)[0], log_probabilities(ready, raw.float() / 255)[0]
     )
 
 
 def test_bf16_inference_is_close_and_given_in_float32():
     model = fresh(config()).model
     images = next_batch(0).images
-    exact, _ = log_probabilities(model, images)
-    rough, _ = log_probabilities(model, images, "bf16")
+    exact, _ = log_probabilities(InferenceNetwork(model), images)
+    rough, _ = log_probabilities(InferenceNetwork(model, "bf16"), images)
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert (rough - exact).abs().max().item() < 0.1
@@ -486,4 +487,4 @@ def test_broken_model_is_refused_with_the_row():
     images = next_batch(0).images
     images[2] = math.nan
     with pytest.raises(ValueError, match=r"logits of 1 of 8 images are not finite \(first: row 2"):
-        log_probabilities(model, images)
+        log_probabilities(InferenceNetwork(model), images)

@@ -119,7 +119,7 @@ def test_a_symmetric_image_looks_the_same_in_the_mirror(teacher):
 
 def test_scales_are_shown_to_the_network_at_their_size(samples, teacher):
     sizes = []
-    handle = teacher.network.register_forward_pre_hook(
+    handle = teacher.ready("fp32").register_forward_pre_hook(
         lambda module, inputs: sizes.append(tuple(inputs[0].shape[2:]))
     )
     config = MultiScaleViewConfig(scales=(1.0, 1.5, 2.0), flip=False)

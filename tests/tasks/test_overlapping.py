@@ -1,0 +1,131 @@
+"""Work beside the main work: in order, bounded, with its errors, and nothing lost."""
+
+import threading
+
+import pytest
+
+from tasks.overlapping import read_ahead, write_behind
+
+
+def test_items_come_in_order_and_one_is_read_ahead():
+    begun = []
+    second = threading.Event()
+
+    def read(item):
+        begun.append(item)
+        if item == 1:
+            second.set()
+        return item * 10
+
+    reading = read_ahead(range(5), read)
+    assert next(reading) == 0
+    assert second.wait(10)  # the next one is read while this one is used
+    assert max(begun) == 1
+    assert list(reading) == [10, 20, 30, 40]
+    assert begun == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_and_one_item_are_read_and_written(count):
+    assert list(read_ahead(range(count), str)) == ["0"] * count
+    assert list(write_behind(range(count), str)) == ["0"] * count
+
+
+def test_an_error_of_reading_is_raised_where_its_item_is_due():
+    def read(item):
+        if item == 2:
+            raise OSError("item 2")
+        return item
+
+    reading = read_ahead(range(4), read)
+    assert [next(reading), next(reading)] == [0, 1]
+    with pytest.raises(OSError, match="item 2"):
+        next(reading)
+
+
+def test_one_item_is_written_while_the_next_is_made():
+    made_second = threading.Event()
+    written = []
+
+    def make():
+        yield 0
+        made_second.set()
+        yield 1
+
+    def write(item):
+        assert made_second.wait(10)  # would wait for ever if writing held up making
+        written.append(item)
+        return item
+
+    assert list(write_behind(make(), write)) == [0, 1]
+    assert written == [0, 1]
+
+
+def test_at_most_one_item_waits_to_be_written():
+    made, written = [], []
+
+    def make():
+        for item in range(6):
+            assert len(made) - len(written) <= 1
+            made.append(item)
+            yield item
+
+    for item in write_behind(make(), lambda item: written.append(item) or item):
+        assert item in written
+    assert written == made
+
+
+def test_an_error_of_writing_is_raised_before_another_item_is_taken():
+    taken, release = [], threading.Event()
+
+    def make():
+        for item in range(5):
+            taken.append(item)
+            if item == 1:
+                release.set()
+            yield item
+
+    def write(item):
+        assert release.wait(10)
+        raise OSError(f"disk full at {item}")
+
+    with pytest.raises(OSError, match="disk full at 0"):
+        list(write_behind(make(), write))
+    assert taken == [0, 1]
+
+
+def test_an_error_of_the_last_write_is_raised():
+    def write(item):
+        if item == 2:
+            raise OSError("disk full at 2")
+        return item
+
+    with pytest.raises(OSError, match="disk full at 2"):
+        list(write_behind(range(3), write))
+
+
+@pytest.mark.parametrize("how", ["closed", "failed"])
+def test_what_was_made_is_written_though_the_rest_is_not_wanted_or_fails(how):
+    written, release = [], threading.Event()
+
+    def make():
+        yield "a"
+        yield "b"
+        release.set()
+        raise ValueError("c cannot be made")
+
+    def write(item):
+        if item == "b" and how == "failed":
+            assert release.wait(10)
+        written.append(item)
+        return item
+
+    writing = write_behind(make(), write)
+    assert next(writing) == "a"
+    if how == "closed":
+        writing.close()
+    else:
+        with pytest.raises(ValueError, match="c cannot be made"):
+            next(writing)
+    assert written[0] == "a"
+    assert how == "closed" or written == ["a", "b"]
