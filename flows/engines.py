@@ -9,6 +9,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.engine_config import DaskEngine, EngineConfig, LocalEngine, RayEngine
 from tasks.devices import DeviceChoice, visible_gpus, wants_cuda
+from tasks.label_processes import DEATHS_AT_ONE_SHARD
 
 
 class EngineMissing(ImportError):
@@ -80,7 +81,11 @@ def taking_resources(engine: EngineConfig, device: DeviceChoice) -> AbstractCont
     if isinstance(engine, RayEngine):
         from prefect_ray.context import remote_options
 
-        return remote_options(num_cpus=1, num_gpus=1 if device == "cuda" else 0)
+        return remote_options(
+            num_cpus=1,
+            num_gpus=1 if device == "cuda" else 0,
+            max_retries=DEATHS_AT_ONE_SHARD - 1,
+        )
     return nullcontext()
 
 
@@ -119,17 +124,20 @@ def _dask_runner(engine: DaskEngine, device: DeviceChoice, num_workers: int | No
     refuse_shared_gpus(count, gpus, device, named="engine.workers")
     # No memory limit: Dask would give a worker the share of one core, also where it has a GPU.
     options: dict[str, Any] = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0}
+    common = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     workers = {
         number: {
             "cls": Nanny,
             "options": options
-            | {"env": _worker_environment(gpus[number] if gpus else "")}
+            | {"env": common | {"CUDA_VISIBLE_DEVICES": gpus[number] if gpus else ""}}
             | ({"resources": {"GPU": 1}} if gpus else {}),
         }
         for number in range(count)
     }
     # A LocalCluster, but each worker with an environment of its own.
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+    options = {"host": "127.0.0.1", "dashboard": False}
+    options["allowed_failures"] = DEATHS_AT_ONE_SHARD - 1
+    scheduler = {"cls": Scheduler, "options": options}
     return DaskTaskRunner(
         cluster_class=SpecCluster, cluster_kwargs={"workers": workers, "scheduler": scheduler}
     )
@@ -148,7 +156,6 @@ def _ray_runner(engine: RayEngine, device: DeviceChoice, num_workers: int | None
             "num_cpus": count,
             "num_gpus": len(gpus),
             "include_dashboard": False,
-            "runtime_env": {"env_vars": _worker_environment(None)},
         }
     )
 
@@ -162,12 +169,6 @@ def refuse_shared_gpus(
             f"{num_workers} workers, but there are {len(gpus)} GPUs ({', '.join(gpus)}), and no two"
             f" workers may share one: set {named} to {len(gpus)} or less, or to auto"
         )
-
-
-def _worker_environment(gpu: str | None) -> dict[str, str]:
-    """Return the environment of a worker; a GPU of None is left for the engine to choose."""
-    chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **chosen}
 
 
 @contextmanager

@@ -30,7 +30,8 @@ def cluster(engine: Any, name: str) -> Any:
     """A parameter that is skipped where the engine is not installed; starting one takes long."""
     missing = importlib.util.find_spec(name) is None
     reason = f"{name} is not installed: pip install 'selftrain[{engine.kind}]'"
-    marks = [pytest.mark.slow, pytest.mark.skipif(missing, reason=reason)]
+    # Each worker that dies costs the start of another, with all imports.
+    marks = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(missing, reason=reason)]
     return pytest.param(engine, id=engine.kind, marks=marks)
 
 
