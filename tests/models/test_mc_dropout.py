@@ -17,7 +17,7 @@ from models.architectures import (
     WideResNetConfig,
     build_architecture,
 )
-from models.inference import log_probabilities
+from models.inference import InferenceNetwork, log_probabilities
 from models.mc_dropout import dropout_passes
 
 
@@ -83,8 +83,9 @@ def test_passes_differ_by_nothing_where_the_dropped_units_say_nothing():
 def test_predictions_in_evaluation_mode_go_through_the_passes():
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(12, 3)).eval()
     images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    with dropout_passes(network, passes=5, rate=0.5, seed=3):
-        log_probs, log_sums = log_probabilities(network, images)
+    ready = InferenceNetwork(network)
+    with dropout_passes(ready, passes=5, rate=0.5, seed=3):
+        log_probs, log_sums = log_probabilities(ready, images)
     assert log_probs.shape == (10, 3)
     assert log_sums.shape == (10,)
     assert log_probs.unflatten(0, (5, 2)).std(dim=0).min() > 0
@@ -117,7 +118,7 @@ def test_every_architecture_ends_in_a_dropout_layer_whose_input_can_be_repeated(
     config: ArchitectureConfig,
 ):
     with torch.device("meta"):
-        network = build_architecture(config, 10).eval()
+        network = InferenceNetwork(build_architecture(config, 10))
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     # The features are computed once for each image: nothing but the head sees the repetitions.
     seen: list[int] = []

@@ -94,12 +94,12 @@ def test_two_views_are_averaged(samples, teacher):
     found = predict(samples, looking(teacher, view=HflipViewConfig()))
     views = [clean(i) for i in range(7)]
     both = probs_of(teacher, views), probs_of(teacher, [view[:, ::-1] for view in views])
-    np.testing.assert_allclose(np.exp(found.log_probs), sum(both) / 2, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(found.log_probs), sum(both) / 2, rtol=1e-4)
     # Averaged logits are another thing, by more than rounding.
     logits = predict(samples, looking(teacher, view=HflipViewConfig(), aggregate="mean_logit"))
     geometric = np.sqrt(both[0] * both[1])
     expected = geometric / geometric.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(np.exp(logits.log_probs), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(logits.log_probs), expected, rtol=1e-4)
     assert np.abs(np.exp(found.log_probs) - expected).max() > 1e-3
 
 
@@ -189,7 +189,7 @@ def test_two_teachers_are_averaged_by_class_name(samples, pipeline, teacher, stu
     found = predict(samples, ensemble_of(lab, models, uncertainty=TeachersUncertaintyConfig()))
     views = [clean(i) for i in range(7)]
     both = np.stack([probs_of(teacher, views), probs_of(student, views)])
-    np.testing.assert_allclose(np.exp(found.log_probs), both.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(found.log_probs), both.mean(axis=0), rtol=1e-4)
     labels = both.mean(axis=0).argmax(axis=1)
     rows = np.arange(7)
     np.testing.assert_allclose(
