@@ -20,7 +20,7 @@ from storage.predictions import read_predictions, read_record
 from storage.samples import CorruptShard
 from tasks import labeling
 from tasks.classifiers import ClassesMismatch, StoredClassifier
-from tasks.ensembles import Ensemble
+from tasks.ensembles import Ensemble, load_ensemble
 from tasks.labeling import labeler_fingerprint, resolve_batch_size
 from tasks.labeling_config import LabelingConfig
 from tasks.shard_items import TooManyBadSamples
@@ -87,6 +87,44 @@ def test_order_and_grouping_of_shards_change_no_byte(pipeline, copied):
         )
     folder = f"predictions/{copied.labeler(teacher)}"
     assert files_of(copied.store, folder) == files_of(pipeline.lab.store, folder)
+
+
+def test_order_of_shards_changes_no_byte_of_random_views_and_dropout(pipeline, lab):
+    config = LabelingConfig(view=KRandomViewConfig(k=2), uncertainty=McDropoutConfig(passes=3))
+    ensemble = load_ensemble(
+        pipeline.lab.store,
+        [pipeline.teacher.fingerprint],
+        config,
+        device=CPU,
+        class_names=lab.class_names,
+    )
+    stems = [shard.stem for shard in lab.unlabeled.shards]
+    for labeler, groups in (("1" * 64, [stems]), ("2" * 64, [stems[3:], stems[:3][::-1]])):
+        for group in groups:
+            list(
+                labeling.label_shards(
+                    lab.store,
+                    lab.unlabeled.digest,
+                    group,
+                    ensemble,
+                    labeler=labeler,
+                    batch_size=4,
+                    max_bad_samples=0,
+                )
+            )
+    first, second = (
+        {
+            name: sha
+            for name, sha in files_of(lab.store, f"predictions/{labeler}").items()
+            if name.endswith(".parquet")
+        }
+        for labeler in ("1" * 64, "2" * 64)
+    )
+    assert len(first) == 5
+    assert sorted(first.values()) == sorted(second.values())
+    stored = predictions_by_stem(lab, "1" * 64)[stems[0]]
+    assert stored.optional == ("uncertainty", "agreement")
+    assert (stored.uncertainty > 0).all()
 
 
 def test_predictions_hold_in_shard_keys_and_truth_where_it_is_known(pipeline):
