@@ -15,6 +15,7 @@ from flows.trained_models import (
     check_training,
     resulting_size,
 )
+from models.aggregation import McDropoutConfig
 from models.architectures import architecture_at, architecture_name
 from models.finetuning import FinetuneConfig
 from models.ranks import parts_of_step
@@ -280,12 +281,22 @@ class SelfTrainingConfig(_Config):
                 f"selection.{reader} counts votes, but one prediction is made of each image: set"
                 " labeling.view or labeling.uncertainty"
             )
-        teachers = [(student.for_round(i), student.followers()) for i in range(1, self.rounds)]
+        teachers = [
+            ("student", student.for_round(i), student.followers()) for i in range(1, self.rounds)
+        ]
         if isinstance(self.teacher, TrainedTeacher):
-            teachers.append((self.teacher.training(), self.teacher.followers()))
-        for config, followers in teachers:
+            teachers.append(("teacher", self.teacher.training(), self.teacher.followers()))
+        uncertainty = labeling.uncertainty
+        for name, config, followers in teachers:
             size = resulting_size(config, followers)
             check_views(labeling.view, architecture_at(config.architecture, size), size)
+            noise = followers[-1][1].noise if followers else config.noise
+            if isinstance(uncertainty, McDropoutConfig) and not (uncertainty.rate or noise.dropout):
+                raise ValueError(
+                    "labeling.uncertainty.kind=mc_dropout leaves dropout on as in training, but the"
+                    f" last training of a {name} that labels has none: set its noise.dropout, or"
+                    " labeling.uncertainty.rate"
+                )
 
     def _refuse_other_architectures(self, student: StudentConfig) -> None:
         """Refuse weights to start from that cannot fit every round's network."""

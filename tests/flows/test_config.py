@@ -319,3 +319,21 @@ def test_views_are_checked_at_the_size_that_a_model_ends_with():
     with pytest.raises(ValidationError, match="images of 4 pixels"):
         parse(rounds=2, labeling={"view": view}, teacher=larger)
     parse(rounds=2, labeling={"view": view}, teacher=larger, student=larger)
+
+
+def test_dropout_that_no_teacher_was_trained_with_is_asked_for_before_the_run():
+    passes = {"uncertainty": {"kind": "mc_dropout"}}
+    with_dropout = TRAINING | {"noise": {"dropout": 0.2}}
+    with pytest.raises(ValidationError, match="of a teacher that labels has none"):
+        parse(labeling=passes, student=with_dropout)
+    with pytest.raises(ValidationError, match="of a student that labels has none"):
+        parse(labeling=passes, teacher=with_dropout)
+    parse(labeling=passes, teacher=with_dropout, student=with_dropout)
+    # The last student labels nothing; a rate of one's own holds for all.
+    parse(labeling=passes, teacher=with_dropout, rounds=1)
+    parse(labeling={"uncertainty": {"kind": "mc_dropout", "rate": 0.5}})
+    # A stage on labels that trains without dropout comes last.
+    finetune = {"duration": {"steps": 1}, "batch_size": 6, "optimizer": {"kind": "adamw"}}
+    ended = with_dropout | {"order": "finetune_on_labels_last", "finetune": finetune}
+    with pytest.raises(ValidationError, match="last training of a student"):
+        parse(labeling=passes, teacher=with_dropout, student=ended)
