@@ -31,7 +31,7 @@ def pseudo_labels(
 
     Args:
         store: URL of the store.
-        models: fingerprints; several are an ensemble, which no dev split calibrates.
+        models: fingerprints; several are an ensemble.
         corpus: digest of the corpus.
         class_names: label space.
         labeling: how to label.
@@ -45,10 +45,28 @@ def pseudo_labels(
 
     Returns: fingerprints by kind of stage: label and, where it was asked for, select.
     """
+    labeling = labeling or LabelingConfig()
     first, *others = models
-    validations: dict[str, str] = {}
+
+    def label(one: str, config: LabelingConfig, validation: str | None) -> str:
+        reference: Any = label_corpus(
+            store=store,
+            model=first,
+            more_models=others,
+            corpus=one,
+            config=config,
+            class_names=class_names,
+            device=device,
+            max_bad_samples=max_bad_samples,
+            validation=validation,
+        )
+        return reference["fingerprint"]
+
+    calibrations: dict[str, str] = {}
     for dev in (label_dev, select_dev):
-        if dev is not None and dev not in validations:
+        if dev is None or dev in calibrations:
+            continue
+        if labeling.is_clean(len(models)):
             validated: Any = evaluate_model(
                 store=store,
                 model=first,
@@ -58,24 +76,16 @@ def pseudo_labels(
                 device=device,
                 max_bad_samples=max_bad_samples,
             )
-            validations[dev] = validated["fingerprint"]
-    labels: Any = label_corpus(
-        store=store,
-        model=first,
-        more_models=others,
-        corpus=corpus,
-        config=labeling,
-        class_names=class_names,
-        device=device,
-        max_bad_samples=max_bad_samples,
-        validation=None if label_dev is None else validations[label_dev],
-    )
-    found = {"label": labels["fingerprint"]}
+            calibrations[dev] = validated["fingerprint"]
+        else:  # what predicts dev is what labels: several views, teachers or passes
+            calibrations[dev] = label(dev, labeling.for_dev(), None)
+    labels = label(corpus, labeling, None if label_dev is None else calibrations[label_dev])
+    found = {"label": labels}
     if selection is not None:
         selected: Any = select_pseudo_labels(
             store=store,
-            labeling=labels["fingerprint"],
-            validation="none" if select_dev is None else validations[select_dev],
+            labeling=labels,
+            validation="none" if select_dev is None else calibrations[select_dev],
             class_names=class_names,
             config=selection,
             seed=seed,

@@ -5,7 +5,6 @@ shard in hand, and a corpus that grew costs its new shards.
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 # First, because it sets Prefect's defaults before Prefect is imported.
@@ -106,7 +105,6 @@ def label_alone(
         fingerprints = [model_named(store, one) for one in models.split(",") if one]
         if not fingerprints:
             raise ConfigError(f"MODEL = {models!r} names no model")
-        _refuse_dev_of_ensemble(fingerprints, dev)
         corpus = index_corpus(
             store, pattern, named="CORPUS", exclude=exclude, exclude_named="--exclude"
         )
@@ -187,7 +185,6 @@ def select_alone(
     """
     index = read_labels(predictions)
     read_publication(out, "selection")
-    _refuse_dev_of_ensemble(index["models"], dev)
     if dev is not None and config.calibration == "none":
         raise ConfigError(
             f"--dev {dev} has no effect with calibration: none. Leave one of them out"
@@ -234,14 +231,6 @@ def select_alone(
             class_names=class_names,
             facts={"models": index["models"], "calibration": config.calibration},
             has_rejected=has_rejected,
-        )
-
-
-def _refuse_dev_of_ensemble(models: Sequence[str], dev: str | None) -> None:
-    if dev is not None and len(models) > 1:
-        raise ConfigError(
-            f"--dev with {len(models)} models: what calibrates one model does not calibrate the"
-            " mean of several. Leave --dev out"
         )
 
 

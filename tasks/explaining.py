@@ -13,9 +13,10 @@ from storage.predictions import Predictions, read_predictions
 from storage.samples import sample_key
 from storage.selections import Reason, Selection, from_parquet
 from storage.store import Store
+from tasks.judged_predictions import calibrated_confidences, is_debiased, judged
 from tasks.report_formats import words
 from tasks.selection import read_summary
-from tasks.selection_rows import calibrated_and_debiased, from_summary, prediction_record
+from tasks.selection_rows import prediction_record
 
 TOP_CLASSES = 3
 
@@ -192,23 +193,16 @@ def _judgement(
     summary: Mapping[str, Any],
     class_names: Sequence[str],
 ) -> Judgement:
-    temperature, vector, offsets = from_summary(summary)
-    _, calibrated, _ = calibrated_and_debiased(
-        predictions, temperature=temperature, vector=vector, offsets=None
-    )
-    labels, confidences, _ = calibrated_and_debiased(
-        predictions, temperature=temperature, vector=vector, offsets=offsets
-    )
+    labels, confidences = judged(predictions, summary)
     label, confidence = int(labels[row]), float(confidences[row])
-    is_calibrated = temperature is not None or vector is not None
     threshold, kept_from = _thresholds(rules, summary, label)
     reason = Reason(int(chosen.reason[chosen_row]))
     target, target_top = _target(chosen, chosen_row, class_names)
     return Judgement(
         label=class_names[label],
         confidence=confidence,
-        calibrated_confidence=float(calibrated[row]) if is_calibrated else None,
-        debiased_confidence=None if offsets is None else confidence,
+        calibrated_confidence=_at(calibrated_confidences(predictions, summary), row),
+        debiased_confidence=confidence if is_debiased(summary) else None,
         threshold=threshold,
         kept_from=kept_from,
         reason=reason.name.lower(),

@@ -27,9 +27,10 @@ from storage.predictions import read_predictions
 from storage.published import published_predictions, published_selection
 from storage.selections import from_parquet
 from storage.store import Store
+from tasks.judged_predictions import judged
 from tasks.progress import Progress, report
 from tasks.selection import read_summary
-from tasks.selection_rows import calibrated_and_debiased, from_summary, prediction_record
+from tasks.selection_rows import prediction_record
 
 INDEX_SCHEMA = 1
 INDEX_FILE = "index.json"
@@ -193,13 +194,10 @@ def publish_selection(
     """
     labeler = labeling.inputs["labeler"].fingerprint
     summary = read_summary(store, selection)
-    temperature, vector, offsets = from_summary(summary)
 
     def write(part: Part) -> bytes:
         predictions = read_predictions(store, prediction_record(store, labeler, part.digest))
-        _, confidences, _ = calibrated_and_debiased(
-            predictions, temperature=temperature, vector=vector, offsets=offsets
-        )
+        _, confidences = judged(predictions, summary)
         stored = selection.object(part.digest)
         data = read_stored(store, stored)
         keys = from_parquet(

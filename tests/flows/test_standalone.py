@@ -156,9 +156,10 @@ def test_several_models_label_as_the_mean_of_their_probabilities(world: World) -
     probs = [load_model(m).probabilities(view).numpy()[0] for m in both.split(",")]
     row = next(row for row in rows if row["key"] == "unlabeled-0/u003")
     assert np.exp(row["log_probs"]) == pytest.approx(np.mean(probs, axis=0), abs=2e-3)
-    dev = f"--dev={world.lab.folder / 'dev'}"
-    refused = _invoke("label", both, world.corpus, world.labels, dev, expect=2)
-    assert "does not calibrate the mean of several" in refused.stderr
+    # Dev is labelled by both, too, and calibrates their mean.
+    calibrated = world.select("--confidence=0", f"--dev={world.lab.folder / 'dev'}")
+    assert calibrated["calibration"] == "temperature"
+    assert world.labelled[4:] == ["dev-0"]
 
 
 def test_predictions_of_the_top_k_form_are_calibrated_on_the_dev_split_of_their_labelling(
