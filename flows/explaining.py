@@ -13,7 +13,7 @@ from storage.manifest import Manifest
 from storage.samples import sample_key
 from storage.store import Store
 from tasks.explaining import SampleInRound, explain_round, keys_of_shard, read_image
-from tasks.specifications import read_result
+from tasks.specifications import finished_result, read_result
 
 EXPLANATION_SCHEMA = 1
 _MOST_MATCHES = 5
@@ -239,21 +239,20 @@ def _finished_rounds(
     finished: list[tuple[RoundStatus, Manifest, Manifest]] = []
     unfinished: list[int] = []
     for one in status.rounds:
-        found = {
-            stage["kind"]: stage["fingerprint"]
-            for stage in one.stages
-            if stage["kind"] in ("label", "select")
-        }
-        if not found:
+        begun = [stage for stage in one.stages if stage["kind"] in ("label", "select")]
+        if not begun:
             continue
-        results = [
-            read_result(store, kind, found[kind]) if kind in found else None
-            for kind in ("label", "select")
+        selections = [
+            read_result(store, "select", stage["fingerprint"])
+            for stage in begun
+            if stage["kind"] == "select"
         ]
-        if results[0] is not None and results[1] is not None:
-            finished.append((one, results[0], results[1]))
-        else:
+        if not selections or selections[0] is None:
             unfinished.append(one.round_index)
+            continue
+        # A round may have labelled dev as well: the selection says which labelling it is of.
+        labeling = selections[0].inputs["labeling"].fingerprint
+        finished.append((one, finished_result(store, "label", labeling), selections[0]))
     return finished, tuple(unfinished)
 
 

@@ -100,11 +100,13 @@ def label_alone(
         has_log_probs: write the classes' probabilities, too.
     Raises: StoppedOnRequest; UnknownModel; OutputMismatch; and what labelling raises.
     """
-    read_publication(out, "predictions")  # a folder of something else is told at once
     with showing_progress():
         fingerprints = [model_named(store, one) for one in models.split(",") if one]
         if not fingerprints:
             raise ConfigError(f"MODEL = {models!r} names no model")
+        # Told now, and not when all is labelled.
+        expected = {"models": fingerprints, "log_probs": has_log_probs}
+        read_publication(out, "predictions", expected)
         corpus = index_corpus(
             store, pattern, named="CORPUS", exclude=exclude, exclude_named="--exclude"
         )

@@ -26,8 +26,12 @@ def print_selection_written(folder: str, written: Publication) -> None:
         table.add_row(escape(one["name"]), *counts)
     out.print(table)
     _say(f"{index['unique']:,} of {index['samples']:,} images kept, {index['kept']:,} with copies")
-    rejected = {name: count for name, count in index["reasons"].items() if name != "kept"}
-    _say("rejected: " + ", ".join(f"{n.replace('_', ' ')} {c:,}" for n, c in rejected.items()))
+    rejected = [
+        f"{name.replace('_', ' ')} {count:,}"
+        for name, count in index["reasons"].items()
+        if count and name != "kept"
+    ]
+    _say(f"rejected: {', '.join(rejected) or 'none'}")
     if index["calibration"] == "none":
         _say("calibration: none; confidences are the model's own (--dev calibrates them)")
     else:

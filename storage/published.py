@@ -68,7 +68,7 @@ def published_selection(
     columns = _named(table, stem, class_names)
     columns["confidence"] = arrow.array(confidences, type=arrow.float32())
     names = [name for name in table.column_names if name not in ("key", "label", "kept", "reason")]
-    is_hard = not any(len(row) for row in table.column("target_ids").to_pylist())
+    is_hard = len(table.column("target_ids").combine_chunks().flatten()) == 0
     for name in names:
         if not (is_hard and name in _TARGET_COLUMNS):
             columns[name] = table.column(name)

@@ -260,7 +260,7 @@ def _reason_in_words(
             return f"deviation {uncertainty:.4f} is not below {rule['max_std']}"
         case Reason.BELOW_THRESHOLD if rule["kind"] == "agreement":
             return f"{agreement:.0%} of the votes are for it, {rule['min_fraction']:.0%} are asked"
-        case Reason.OVER_QUOTA if kept_from is not None and _is_below(confidence, kept_from):
+        case Reason.OVER_QUOTA if _is_below(confidence, kept_from):
             return f"over quota: its class is full from confidence {kept_from:.4f} on"
         case Reason.OVER_QUOTA:
             return "over quota: its class is thinned at random, and the draw gave it no copy"
@@ -268,9 +268,9 @@ def _reason_in_words(
             return words(reason.name.lower())
 
 
-def _is_below(confidence: float, bound: float) -> bool:
+def _is_below(confidence: float, bound: float | None) -> bool:
     """Compare as the rules do, in float32: a confidence written as 0.9 reaches a cut at 0.9."""
-    return bool(np.float32(confidence) < np.float32(bound))
+    return bound is not None and bool(np.float32(confidence) < np.float32(bound))
 
 
 def _target(

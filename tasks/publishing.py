@@ -92,10 +92,13 @@ class Publication:
         return facts | counts | {"out": out}
 
 
-def read_publication(out: str, kind: str) -> dict[str, Any] | None:
-    """Return the index of a folder that `publish` wrote, None if there is none.
+def read_publication(
+    out: str, kind: str, expected: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Return the index of a folder that was written here, None if there is none.
 
-    Raises: OutputMismatch if it is of another kind; UnknownSchema of a newer version.
+    Raises: OutputMismatch if it is of another kind, or holds other values than are expected;
+        UnknownSchema of a newer version.
     """
     url = join_url(_absolute(out), INDEX_FILE)
     try:
@@ -111,6 +114,12 @@ def read_publication(out: str, kind: str) -> dict[str, Any] | None:
         raise OutputMismatch(
             f"{out} holds {_IN_WORDS[index['kind']]}, not {_IN_WORDS[kind]}: choose another folder"
         )
+    for name, wanted in (expected or {}).items():
+        if canonical_json(index.get(name)) != canonical_json(wanted):
+            raise OutputMismatch(
+                f"{out} holds {_IN_WORDS[kind]} of something else: {name} is {index.get(name)!r}"
+                f" there, {wanted!r} asked for. Choose another folder, or delete this one"
+            )
     return index
 
 
@@ -251,11 +260,9 @@ def _publish(
     """Write the parts that are not there, delete those that are no more, and then the index."""
     base = _absolute(out)
     kind = identity["kind"]
-    old = read_publication(out, kind)
+    old = read_publication(out, kind, identity)
     if old is None:
         _refuse_foreign_files(base)
-    else:
-        _refuse_other_identity(out, old, identity)
     there = {part["file"]: part for part in old["parts"]} if old else {}
     index = {"schema": INDEX_SCHEMA, **identity, **body}
     # Claims the folder; whoever is stopped before the end finds it his own.
@@ -289,16 +296,6 @@ def _refuse_foreign_files(base: str) -> None:
             f"{join_url(base, PARTS_FOLDER)} holds {len(found)} files, first {found[0]!r}, but"
             f" there is no {INDEX_FILE} of selftrain above it: choose another folder"
         )
-
-
-def _refuse_other_identity(out: str, old: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    for name, wanted in identity.items():
-        if canonical_json(old.get(name)) != canonical_json(wanted):
-            raise OutputMismatch(
-                f"{out} holds {_IN_WORDS[identity['kind']]} of something else: {name} is"
-                f" {old.get(name)!r} there, {wanted!r} asked for. Choose another folder, or delete"
-                " this one"
-            )
 
 
 def _absolute(out: str) -> str:

@@ -348,6 +348,13 @@ def test_the_folder_of_another_model_is_refused(world: World) -> None:
     refused = _invoke(
         *("label", other, world.corpus, world.labels, f"--store={world.lab.store.url}"), expect=2
     )
+    assert "holds predictions of something else: models is" in refused.stderr
+    assert len(world.labelled) == 4
+    how = world.folder / "labeling.yaml"
+    how.write_text("view: {kind: hflip}\n")
+    refused = _invoke(
+        *("label", world.model, world.corpus, world.labels, f"--config={how}"), expect=2
+    )
     assert "holds predictions of something else: labeler is" in refused.stderr
 
 

@@ -1,5 +1,7 @@
 """What one round made of one image, against selections worked by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def labels(lab):
     return lab.plant_labeling(lab.store, lab.unlabeled, rows | {STEM: ROWS})
 
 
-def explained(lab, labels, key, config, validation=None):
+def explained(lab, labels, key, config, validation=None) -> Any:
     selection = lab.select(labels, validation, config)
     return explain_round(
         lab.store,
@@ -36,8 +38,13 @@ def explained(lab, labels, key, config, validation=None):
 
 
 def rules(**changes):
-    plain = {"calibration": "none", "balance": BalanceNoneConfig(), "allow_collapse": True}
-    return SelectionConfig(**plain | {"threshold": FixedThresholdConfig(confidence=0.6)} | changes)
+    plain: dict[str, Any] = {
+        "calibration": "none",
+        "balance": BalanceNoneConfig(),
+        "threshold": FixedThresholdConfig(confidence=0.6),
+        "allow_collapse": True,
+    }
+    return SelectionConfig(**plain | changes)
 
 
 def test_a_kept_image_has_the_teachers_facts_and_its_soft_target(lab, labels):
