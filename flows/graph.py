@@ -149,7 +149,12 @@ class RunGraph:
         return is_calibrated and not config.labeling.is_clean()
 
     def label(self, teacher: ModelRef) -> Specification:
-        """Return the labelling of the corpus by a teacher."""
+        """Return the labelling of the corpus by a teacher.
+
+        Raises: ValueError if the selection could not use it, before days of labelling.
+        """
+        form = labeling.resolved_form(self.config.labeling, len(self.pins.class_names))
+        selection.check_calibration(self.config.selection.calibration, form)
         return labeling.specify(labeler=self.labeler(teacher), corpus=self.unlabeled)
 
     def select(self, teacher: ModelRef, round_index: int) -> Specification:

@@ -1,6 +1,8 @@
 """Select pseudo-labels from a labelling: passes over groups of shards."""
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from prefect import flow, task
@@ -87,10 +89,11 @@ def select_pseudo_labels(
 
     def mapped(
         one_pass: Any, inputs: SelectionInputs, config: SelectionConfig, *more: Any
-    ) -> list[Any]:
+    ) -> Iterator[Any]:
         submit = _PASSES[one_pass].submit
-        futures = [submit(opened, inputs, group, config, *more) for group in groups]
-        return [future.result() for future in futures]
+        futures = deque(submit(opened, inputs, group, config, *more) for group in groups)
+        while futures:  # what was merged is not kept: a histogram may be of megabytes
+            yield futures.popleft().result()
 
     planned = plan_selection(inputs, config, mapped)
     writing = [

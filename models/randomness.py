@@ -54,7 +54,13 @@ def hash64(text: str) -> int:
 
 def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
     """Return `hash64` of every key, (N,) uint64."""
-    digests = b"".join(hashlib.blake2b(k.encode(), digest_size=8).digest() for k in keys)
+    return hash_utf8_keys([key.encode() for key in keys])
+
+
+def hash_utf8_keys(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    """Return `hash64` of every key that is given as UTF-8, (N,) uint64."""
+    blake2b = hashlib.blake2b
+    digests = b"".join([blake2b(key, digest_size=8).digest() for key in keys])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 

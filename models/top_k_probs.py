@@ -1,11 +1,12 @@
 """Distributions over many classes of which the k most probable are listed, and the rest is a sum.
 
 Wherever all C probabilities of a row are wanted, the rest mass counts as spread evenly over the
-classes that are not listed. Labels, confidences and normalisers of such rows have closed forms;
-none of the functions makes an (N, C) array.
+classes that are not listed. Labels, confidences and normalisers of such rows have closed forms, for
+which no (N, C) array is made.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from models.calibration import apply_temperature
 from models.exact_sums import exact_sum
 
-_ROWS_AT_A_TIME = 2**22  # probabilities: 32 MB of float64
+_PROBS_AT_A_TIME = 2**22  # probabilities: 32 MB of float64
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,11 @@ class TopKProbs:
             log_probs = np.log(listed) - np.log(total)[:, None]
         return TopKProbs(ids, log_probs, unlisted / total, self.num_classes)
 
-    def exact_sums(self) -> NDArray[np.int64]:
-        """The exact sum over rows, (2, C) as `exact_sum` makes it, the rest spread evenly."""
-        total = np.zeros((2, self.num_classes), dtype=np.int64)
-        step = max(1, _ROWS_AT_A_TIME // self.num_classes)
-        for start in range(0, len(self.class_ids), step):
-            total += exact_sum(self._dense(slice(start, start + step)))
-        return total
-
-    def _dense(self, rows: slice) -> NDArray[np.float64]:
-        share = self.rest_mass[rows] / max(self.num_unlisted, 1)
+    def dense_probs(self) -> NDArray[np.float64]:
+        """The probabilities of all classes, (N, C), the rest spread evenly: for few rows."""
+        share = self.rest_mass / max(self.num_unlisted, 1)
         dense = np.repeat(share[:, None], self.num_classes, axis=1)
-        np.put_along_axis(dense, self.class_ids[rows], np.exp(self.log_probs[rows]), axis=1)
+        np.put_along_axis(dense, self.class_ids, np.exp(self.log_probs), axis=1)
         return dense
 
 
@@ -169,17 +163,21 @@ def cut_to_top_k(log_probs: NDArray[np.floating], *, temperature: float, k: int)
     num_rows, num_classes = log_probs.shape
     if not 1 <= k <= num_classes:
         raise ValueError(f"k={k} of {num_classes} classes: must be 1 to all")
-    step = max(1, _ROWS_AT_A_TIME // num_classes)
+    step = max(1, _PROBS_AT_A_TIME // num_classes)
     starts = range(0, max(num_rows, 1), step)
     parts = [_cut(log_probs[start : start + step], temperature, k) for start in starts]
-    columns = [
-        np.concatenate(column) for column in zip(*(part[:-1] for part in parts), strict=True)
-    ]
-    sums = np.sum([part[-1] for part in parts], axis=0)
-    return TopKRows(*columns, sums)
+    return TopKRows(
+        class_ids=np.concatenate([part.class_ids for part in parts]),
+        log_probs=np.concatenate([part.log_probs for part in parts]),
+        rest_mass=np.concatenate([part.rest_mass for part in parts]),
+        confidences=np.concatenate([part.confidences for part in parts]),
+        margins=np.concatenate([part.margins for part in parts]),
+        entropies=np.concatenate([part.entropies for part in parts]),
+        sums=reduce(np.add, [part.sums for part in parts]),
+    )
 
 
-def _cut(log_probs: NDArray[np.floating], temperature: float, k: int):
+def _cut(log_probs: NDArray[np.floating], temperature: float, k: int) -> TopKRows:
     whole = apply_temperature(log_probs, temperature)  # (n, C)
     probs = np.exp(whole)
     ids = _largest(whole, k)
@@ -189,7 +187,7 @@ def _cut(log_probs: NDArray[np.floating], temperature: float, k: int):
     top_two = np.exp(np.take_along_axis(whole, _largest(whole, min(2, whole.shape[1])), axis=1))
     entropies = np.maximum(-(probs * whole).sum(axis=1), 0)
     margins = top_two[:, 0] - top_two[:, -1] if whole.shape[1] > 1 else top_two[:, 0]
-    return ids, kept, rest, top_two[:, 0], margins, entropies, exact_sum(probs)
+    return TopKRows(ids, kept, rest, top_two[:, 0], margins, entropies, exact_sum(probs))
 
 
 def _largest(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:

@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import hashlib
+import io
 import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from storage import local_files
 from storage.file_systems import FileSystem, file_system_of, split_url
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 # Reads of an object whose checksum differs: bits flip on the way, but bytes
 # that are wrong three times are wrong at rest.
 CHECKSUM_READS = 3
+# Of an object that is read in parts: a Parquet footer and the pages next to it come in one request.
+_RANGE_BUFFER_BYTES = 64 * 1024
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 _memory_lock = threading.Lock()
 _warned_unconditional = False
@@ -82,6 +85,54 @@ def read_object(url: str, *, sha256: str | None = None, policy: RetryPolicy | No
         "agree that it differs). The object is damaged; delete it and run again to have it "
         "written anew"
     )
+
+
+def open_object(url: str, *, size: int, policy: RetryPolicy | None = None) -> BinaryIO:
+    """Open an object of a known size for reads of parts of it, each tried again as a whole.
+
+    Raises: FileNotFoundError if there is no such object, at once or at the first read.
+    """
+    scheme, path = split_url(url)
+    if scheme == "file":
+        return _run(lambda: Path(path).open("rb"), "open", url, policy)
+    file_system = file_system_of(scheme)
+
+    def read_range(start: int, end: int) -> bytes:
+        return _run(
+            lambda: file_system.cat_file(path, start=start, end=end), "read of", url, policy
+        )
+
+    return cast("BinaryIO", io.BufferedReader(_Ranges(read_range, size), _RANGE_BUFFER_BYTES))
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file, each read a request of its own."""
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
+        self._read_range, self._size, self._position = read_range, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(start + offset, 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        data = self._read_range(self._position, end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def write_object(

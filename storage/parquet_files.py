@@ -9,6 +9,10 @@ import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.parquet as _parquet  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
+from storage.manifest import StoredObject, read_stored
+from storage.objects import local_path
+from storage.store import Store
+
 arrow: Any = pyarrow
 """pyarrow, which has no types of its own."""
 _pq: Any = _parquet
@@ -34,27 +38,13 @@ def write_table(table: Any) -> bytes:
     return buffer.getvalue()
 
 
-def read_table(
-    data: bytes,
-    *,
-    schema: Any,
-    num_rows: int,
-    where: str,
-    columns: Sequence[str] | None = None,
-) -> Any:
+def read_table(data: bytes, *, schema: Any, num_rows: int, where: str) -> Any:
     """Read a file that must have this schema, version included, and this many rows.
 
     Raises: ValueError, naming `where`, if it has not, before any data is read.
     """
     try:
-        file = _pq.ParquetFile(arrow.BufferReader(data), page_checksum_verification=True)
-        if not file.schema_arrow.equals(schema, check_metadata=False):
-            raise ValueError(f"{where}: columns {file.schema_arrow}, not {schema}")
-        if (found := _version(file.schema_arrow)) != (wanted := _version(schema)):
-            raise ValueError(f"{where}: version {found}, not {wanted}: upgrade selftrain")
-        if file.metadata.num_rows != num_rows:
-            raise ValueError(f"{where}: {file.metadata.num_rows} rows, not {num_rows}")
-        return file.read(columns=None if columns is None else list(columns))
+        return _checked(arrow.BufferReader(data), schema, num_rows, where).read()
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{where}: not a readable Parquet file: {error}") from error
 
@@ -68,6 +58,69 @@ def column_names(data: bytes, *, where: str) -> list[str]:
         return list(_pq.read_schema(arrow.BufferReader(data)).names)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{where}: not a readable Parquet file: {error}") from error
+
+
+class OpenTable:
+    """A file of which columns are read as they are asked for, their pages checked."""
+
+    def __init__(self, reopen: Any, file: Any) -> None:
+        """Take an open file, and what opens it anew from bytes that were read whole."""
+        self._reopen, self._file = reopen, file
+
+    def read(self, columns: Sequence[str]) -> Any:
+        """Return a table of these columns.
+
+        Raises: CorruptObject if what is stored is damaged.
+        """
+        try:
+            return self._file.read(columns=list(columns), use_threads=False)
+        except (arrow.ArrowException, OSError):
+            self._file = self._reopen()
+            return self._file.read(columns=list(columns), use_threads=False)
+
+
+def open_table(
+    store: Store, stored: StoredObject, whole: bytes | None, *, schema: Any, num_rows: int
+) -> OpenTable:
+    """Open a stored file that must have this schema, version included, and this many rows.
+
+    Args:
+        store: where it is.
+        stored: its reference.
+        whole: its bytes, where they were read and verified; None to read parts of it only. Where a
+            part cannot be read, the file is read whole and verified, which tells what is wrong.
+        schema: wanted.
+        num_rows: wanted.
+    Raises: CorruptObject if it is damaged; ValueError for another schema or count.
+    """
+    where = store.url_of(stored.path)
+
+    def reopen() -> Any:
+        return _checked(arrow.BufferReader(read_stored(store, stored)), schema, num_rows, where)
+
+    if whole is not None:
+        return OpenTable(reopen, _checked(arrow.BufferReader(whole), schema, num_rows, where))
+    try:
+        local = local_path(where)
+        part = (
+            store.open(stored.path, size=stored.size)
+            if local is None
+            else arrow.OSFile(str(local))  # read without Python, and so without its lock
+        )
+        return OpenTable(reopen, _checked(part, schema, num_rows, where))
+    except (arrow.ArrowException, OSError, ValueError):
+        return OpenTable(reopen, reopen())
+
+
+def _checked(source: Any, schema: Any, num_rows: int, where: str) -> Any:
+    file = _pq.ParquetFile(source, page_checksum_verification=True)
+    if not file.schema_arrow.equals(schema, check_metadata=False):
+        raise ValueError(f"{where}: columns {file.schema_arrow}, not {schema}")
+    if (found := _version(file.schema_arrow)) != (wanted := _version(schema)):
+        raise ValueError(f"{where}: version {found}, not {wanted}: upgrade selftrain")
+    if file.metadata.num_rows != num_rows:
+        raise ValueError(f"{where}: {file.metadata.num_rows} rows, not {num_rows}")
+    return file
 
 
 def _version(schema: Any) -> dict[bytes, bytes]:

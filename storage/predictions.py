@@ -4,8 +4,7 @@ They hold in-shard keys only, so that every corpus with this shard shares them; 
 from the corpus when they are read.
 """
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 
 from storage import crash_points, manifest
 from storage.addresses import prediction_folder
+from storage.array_text import from_text, to_text
 from storage.manifest import StoredObject, check_schema, create_record, put_object, read_stored
-from storage.parquet_files import column, read_table
+from storage.prediction_columns import read_columns
 from storage.prediction_files import (
     SCHEMA_VERSION,
     TOP_K_VERSION,
@@ -54,7 +54,6 @@ __all__ = [
 CRASH_KIND = "label"
 # 1: the full form without optional columns, the only one at first. 2: any other.
 _RECORD_SCHEMAS = (1, 2)
-_LITTLE_ENDIAN = "<i8"
 
 
 def record_path(labeler: str, shard_digest: str) -> str:
@@ -138,17 +137,15 @@ def probability_sums(record: Mapping[str, Any]) -> NDArray[np.int64] | None:
     """Return the (2, C) exact sum of the whole distributions of a shard; None in the full form."""
     if "prob_sums" not in record:
         return None
-    flat = np.frombuffer(base64.b64decode(record["prob_sums"]), dtype=_LITTLE_ENDIAN)
-    return flat.astype(np.int64).reshape(2, record["num_classes"])
+    return from_text(record["prob_sums"], (2, record["num_classes"]))
 
 
 def _encoded(prob_sums: NDArray[np.int64], num_classes: int) -> str:
-    """Base64 of little-endian int64: as a list of numbers it would be most of the record."""
     if prob_sums.shape != (2, num_classes) or prob_sums.dtype != np.int64:
         raise ValueError(
             f"prob_sums must be (2, {num_classes}) int64, not {prob_sums.shape} {prob_sums.dtype}"
         )
-    return base64.b64encode(prob_sums.astype(_LITTLE_ENDIAN).tobytes()).decode("ascii")
+    return to_text(prob_sums)
 
 
 def read_predictions(store: Store, record: Mapping[str, Any]) -> Predictions:
@@ -165,30 +162,3 @@ def read_predictions(store: Store, record: Mapping[str, Any]) -> Predictions:
         k=record.get("k"),
         optional=record.get("optional", ()),
     )
-
-
-def read_columns(
-    store: Store, record: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, NDArray[Any]]:
-    """Read some columns only, each (N,): what the passes of selection need of a large corpus.
-
-    `key` is an array of str objects. The optional ones and `rest_mass` are known where the record's
-    predictions have them. `class_ids` and `log_probs` are refused: use `read_predictions`.
-    """
-    schema = predictions_schema(
-        record["num_classes"],
-        k=record.get("k"),
-        optional=record.get("optional", ()),
-    )
-    known = [name for name in schema.names if name not in ("class_ids", "log_probs")]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown columns {unknown}; there are {known}")
-    stored = StoredObject(**record["object"])
-    table = read_table(
-        read_stored(store, stored),
-        schema=schema,
-        num_rows=record["num_samples"],
-        where=store.url_of(stored.path),
-        columns=names,
-    )
-    return {name: column(table, name) for name in names}

@@ -1,6 +1,5 @@
 """Selections: which samples of a shard are kept, why not, how often, and with what target."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -9,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.key_columns import KeyColumn
 from storage.parquet_files import arrow, column, read_table, write_table
 
 SCHEMA_VERSION = 1
@@ -62,7 +62,7 @@ class Selection:
     hard ones own none.
 
     Attributes:
-        keys: N in-shard keys, unique.
+        keys: N in-shard keys, unique; a `KeyColumn` is written as it is.
         kept: (N,) bool.
         reason: (N,) int8 of `Reason`; KEPT where kept, another where not.
         copies: (N,) uint16, at least 1 where kept, 0 where not.
@@ -74,7 +74,7 @@ class Selection:
         rest_mass: (N,) float32 in [0, 1], probability of the classes that are not in target_ids.
     """
 
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     kept: NDArray[np.bool_]
     reason: NDArray[np.int8]
     copies: NDArray[np.uint16]
@@ -95,24 +95,42 @@ class Selection:
         weight: NDArray[np.floating[Any]],
         label: NDArray[np.integer[Any]],
         log_probs: NDArray[np.floating[Any]] | None = None,
+        class_ids: NDArray[np.integer[Any]] | None = None,
+        rest_mass: NDArray[np.floating[Any]] | None = None,
     ) -> "Selection":
-        """Make a selection with hard targets or, from (N, C) log_probs, full soft ones.
+        """Make a selection with hard targets or, from log_probs, soft ones.
 
         Soft targets are kept for kept samples only. `kept` follows from `reason`, and where not
         kept, copies and weight become 0.
+
+        Args:
+            keys: N in-shard keys.
+            reason: (N,) of `Reason`.
+            copies: (N,).
+            weight: (N,).
+            label: (N,).
+            log_probs: (N, C) of all classes, or (N, k) of those in `class_ids`.
+            class_ids: (N, k); None where all classes are there in their order.
+            rest_mass: (N,) of the classes that are not in `class_ids`; None for none.
         """
         n = len(keys)
         kept = reason == Reason.KEPT
+        rest = np.zeros(n, np.float32)
         if log_probs is None:
             lengths = np.zeros(n, np.int64)
             ids, values = np.zeros(0, np.uint32), np.zeros(0, np.float16)
         else:
-            num_classes = log_probs.shape[1]
-            lengths = np.where(kept, num_classes, 0)
-            ids = np.tile(np.arange(num_classes, dtype=np.uint32), int(kept.sum()))
+            width = log_probs.shape[1]
+            lengths = np.where(kept, width, 0)
+            if class_ids is None:
+                ids = np.tile(np.arange(width, dtype=np.uint32), int(kept.sum()))
+            else:
+                ids = class_ids[kept].astype(np.uint32).reshape(-1)
             values = log_probs[kept].astype(np.float16).reshape(-1)
+            if rest_mass is not None:
+                rest = np.where(kept, rest_mass, 0).astype(np.float32)
         return cls(
-            keys=tuple(keys),
+            keys=keys if isinstance(keys, KeyColumn) else tuple(keys),
             kept=kept,
             reason=reason.astype(np.int8),
             copies=np.where(kept, copies, 0).astype(np.uint16),
@@ -121,7 +139,7 @@ class Selection:
             target_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             target_ids=ids,
             target_log_probs=values,
-            rest_mass=np.zeros(n, np.float32),
+            rest_mass=rest,
         )
 
     @property
@@ -155,8 +173,8 @@ class Selection:
 
     def reason_counts(self) -> dict[str, int]:
         """Return reason's name in lower case -> samples, those that occur."""
-        counts = Counter[int](cast("list[int]", self.reason.tolist()))
-        return {Reason(value).name.lower(): counts[value] for value in sorted(counts)}
+        counts = np.bincount(self.reason, minlength=len(Reason))
+        return {one.name.lower(): int(counts[one]) for one in Reason if counts[one]}
 
 
 def check_selection(selection: Selection) -> None:
@@ -185,10 +203,11 @@ def check_selection(selection: Selection) -> None:
         raise ValueError("target_offsets must not decrease")
     if not (s.target_log_probs <= 0).all():
         raise ValueError("target_log_probs must be at most 0 and not NaN")
-    if len(set(s.keys)) != n or "" in s.keys:
+    # A column comes from a verified file of predictions, whose writer has looked at its keys.
+    if not isinstance(s.keys, KeyColumn) and (len(set(s.keys)) != n or "" in s.keys):
         raise ValueError("keys must be unique and not empty")
     for what, bad in (
-        ("the reason is unknown", ~np.isin(s.reason, list(Reason))),
+        ("the reason is unknown", (s.reason < 0) | (s.reason >= len(Reason))),
         ("kept contradicts the reason", s.kept != (s.reason == Reason.KEPT)),
         ("copies must be at least 1 where kept and 0 elsewhere", s.kept != (s.copies > 0)),
         ("the weight is negative or not finite", ~(np.isfinite(s.weight) & (s.weight >= 0))),
@@ -208,7 +227,9 @@ def to_parquet(selection: Selection) -> bytes:
     columns: list[Any] = []
     for field in SCHEMA:
         if field.name == "key":
-            columns.append(arrow.array(selection.keys, type=field.type))
+            keys = selection.keys
+            is_column = isinstance(keys, KeyColumn)
+            columns.append(keys.values if is_column else arrow.array(keys, type=field.type))
         elif field.name in _SCALARS:
             columns.append(arrow.array(getattr(selection, field.name), type=field.type))
         else:

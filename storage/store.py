@@ -7,7 +7,7 @@ import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 from storage import local_files, objects
 from storage.objects import CorruptObject, ObjectStat, join_url
@@ -44,6 +44,13 @@ class Store:
         Raises: FileNotFoundError; CorruptObject if the checksum differs, also when read again.
         """
         return objects.read_object(self.url_of(path), sha256=sha256)
+
+    def open(self, path: str, *, size: int) -> BinaryIO:
+        """Open an object for reads of parts of it, which nothing verifies.
+
+        Raises: FileNotFoundError, at once or at the first read.
+        """
+        return objects.open_object(self.url_of(path), size=size)
 
     def exists(self, path: str) -> bool:
         """Return whether there is an object under this path."""

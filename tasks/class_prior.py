@@ -13,7 +13,7 @@ from storage.addresses import labeling_folder
 from storage.corpus import Shard, load_corpus
 from storage.manifest import Manifest, create_record
 from storage.manifest import read_record as read_sealed
-from storage.predictions import read_predictions, read_record
+from storage.predictions import probability_sums, read_predictions, read_record
 from storage.store import Store
 
 _SCHEMA = 1
@@ -23,8 +23,9 @@ _READERS = 8
 def class_prior(store: Store, labeling: Manifest) -> Tensor:
     """Return (C,) float64, the mean of the teacher's probabilities over a labelled corpus.
 
-    Uncalibrated, as published, and of every prediction, selected or not. What is computed once is
-    kept beside the labelling, so that a resumed training need not read all predictions again.
+    Uncalibrated, as published, and of every prediction, selected or not; of the top_k form
+    the calibrated mean, for these are stored calibrated. What is computed once is kept beside
+    the labelling, so that a resumed training need not read all predictions again.
 
     Source: Wang et al. 2022 (DebiasPL), whose moving average over batches becomes exact here.
     """
@@ -54,6 +55,9 @@ def _mean(store: Store, labeling: Manifest) -> list[float]:
         record: dict[str, Any] | None = read_record(store, labeler, shard.digest)
         if record is None:
             raise ValueError(f"the predictions for shard {shard.stem} are gone: label it again")
+        sums = probability_sums(record)
+        if sums is not None:
+            return sums, record["num_samples"]
         predictions = read_predictions(store, record)
         return sum_of_probabilities(predictions.log_probs), predictions.num_samples
 

@@ -7,31 +7,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.predictions import Predictions
-from tasks.selection_rows import calibrated_and_debiased, from_summary
+from tasks.distributions import Calibration
 
 
 def judged(
     predictions: Predictions, summary: Mapping[str, Any]
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Return class and confidence of each row as the threshold saw them, (N,) each."""
-    temperature, vector, offsets = from_summary(summary)
-    labels, confidences, _ = calibrated_and_debiased(
-        predictions, temperature=temperature, vector=vector, offsets=offsets
-    )
-    return labels, confidences
+    return Calibration.of_summary(summary).seen_by_threshold(predictions)
 
 
 def calibrated_confidences(
     predictions: Predictions, summary: Mapping[str, Any]
 ) -> NDArray[np.float32] | None:
     """Return the confidences after calibration alone, (N,); None where nothing was calibrated."""
-    temperature, vector, _ = from_summary(summary)
-    if temperature is None and vector is None:
+    if "temperature" not in summary and "vector" not in summary:
         return None
-    _, confidences, _ = calibrated_and_debiased(
-        predictions, temperature=temperature, vector=vector, offsets=None
-    )
-    return confidences
+    alone = Calibration.of_summary(summary).debiased_by(None)
+    return alone.seen_by_threshold(predictions)[1]
 
 
 def is_debiased(summary: Mapping[str, Any]) -> bool:

@@ -22,10 +22,10 @@ from storage.predictions import read_predictions, read_record
 from storage.samples import CorruptShard, sample_key
 from storage.selections import Reason, from_parquet
 from storage.store import Store
+from tasks.distributions import Calibration
 from tasks.images import BadImage, decode_image
 from tasks.report_facts import RoundSelection
 from tasks.report_formats import words
-from tasks.selection_rows import calibrated_and_debiased, from_summary
 from tasks.specifications import folder_of
 
 MAX_ROUNDS = 3
@@ -185,7 +185,7 @@ def _read_rows(store: Store, selection: RoundSelection, shards: Sequence[Shard])
     labeling = read_manifest(store, _labeling_folder(selection))
     if labeling is None:
         return None
-    temperature, vector, offsets = from_summary(selection.summary)
+    calibration = Calibration.of_summary(selection.summary)
     parts: list[_Rows] = []
     for shard in shards:
         record = read_record(store, labeling.inputs["labeler"].fingerprint, shard.digest)
@@ -199,9 +199,7 @@ def _read_rows(store: Store, selection: RoundSelection, shards: Sequence[Shard])
             where=store.url_of(stored.path),
         )
         reasons = dict(zip(chosen.keys, chosen.reason.tolist(), strict=True))
-        label, confidence, _ = calibrated_and_debiased(
-            predictions, temperature=temperature, vector=vector, offsets=offsets
-        )
+        label, confidence = calibration.seen_by_threshold(predictions)
         parts.append(
             _Rows(
                 keys=np.array([sample_key(shard.stem, key) for key in predictions.keys]),

@@ -7,6 +7,7 @@ count in a quota. What lies between calibrating and writing is in `tasks/selecti
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +24,9 @@ from models.thresholds import (
     FixedThresholdConfig,
     UncertaintyThresholdConfig,
 )
-from models.weighting import weights_of
 from storage import crash_points
 from storage.addresses import settings_of
-from storage.corpus import load_corpus
+from storage.corpus import Corpus, load_corpus
 from storage.manifest import (
     InputReference,
     Manifest,
@@ -37,11 +37,14 @@ from storage.manifest import (
     read_record,
     read_stored,
 )
+from storage.prediction_columns import PredictionReference
+from storage.predictions import Form
 from storage.selections import Reason, Selection, to_parquet
 from storage.store import Store
 from tasks import provenance
 from tasks.calibrating import read_dev_predictions
 from tasks.classifiers import class_order
+from tasks.distributions import Calibration
 from tasks.selection_config import SelectionConfig
 from tasks.selection_rows import Rows, SelectionInputs, prediction_record
 from tasks.selection_summary import ShardCounts, check_selection_is_sound, summarize
@@ -49,6 +52,8 @@ from tasks.specifications import Specification
 
 VERSION = 1
 RECORD_SCHEMA = 1
+_RECORD_READERS = 16
+_WRITERS = 4
 
 
 def specify(
@@ -97,22 +102,9 @@ def calibrate(
     corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
     labeler = labeling.inputs["labeler"].fingerprint
     first = prediction_record(store, labeler, corpus.shards[0].digest)
-    temperature, vector, facts = 1.0, None, {}
-    if validation is not None:
-        log_probs, truth = read_dev_predictions(store, validation)
-        facts["ece_before"] = _calibration_error(log_probs, truth)
-        if specification.settings["selection"]["calibration"] == "vector":
-            vector = fit_vector_scaling(log_probs, truth)
-            calibrated = vector.apply(log_probs)
-            facts["vector"] = {
-                "weights": vector.weights.tolist(),
-                "biases": vector.biases.tolist(),
-            }
-        else:
-            temperature = fit_temperature(log_probs, truth, smoothing=platt_smoothing(len(truth)))
-            calibrated = apply_temperature(log_probs, temperature)
-            facts["temperature"] = temperature
-        facts["ece_after"] = _calibration_error(calibrated, truth)
+    kind = specification.settings["selection"]["calibration"]
+    check_calibration(kind, PredictionReference.of(first).form)
+    calibration, facts = _calibration(store, kind, validation, first["facts"].get("temperature"))
     counts = None
     if "labeled" in specification.inputs:
         counts = _labeled_counts(store, specification.inputs["labeled"], class_names)
@@ -122,11 +114,64 @@ def calibrate(
         corpus.digest,
         labeler,
         first["num_classes"],
-        temperature=temperature,
+        calibration,
         stream=derive_seed(settings["seed"], settings["round_index"], "select"),
         round_index=settings["round_index"],
     )
-    return inputs.after("calibrate", vector=vector, labeled_counts=counts), facts
+    shards = _prediction_references(store, labeler, corpus)
+    return inputs.after("calibrate", labeled_counts=counts, shards=shards), facts
+
+
+def check_calibration(kind: str, form: Form) -> None:
+    """Refuse a calibration that predictions of a form cannot be given.
+
+    Raises: ValueError.
+    """
+    if form == "top_k" and kind != "temperature":
+        raise ValueError(
+            f"selection.calibration={kind} with predictions of the top_k form: these were"
+            " calibrated by the temperature of the dev split before the less probable classes were"
+            " dropped, and nothing else can be done to them; use calibration=temperature, or label"
+            " with labeling.form=full"
+        )
+
+
+def _calibration(
+    store: Store, kind: str, validation: Manifest | None, labelers: float | None
+) -> tuple[Calibration, dict[str, Any]]:
+    """Fit the calibration, save where the labeler has its temperature, and measure it on dev."""
+    facts: dict[str, Any] = {}
+    if labelers is not None:
+        facts |= {"temperature": labelers, "is_temperature_of_labeler": True}
+    if validation is None:
+        is_one = kind == "temperature" and labelers is None
+        return Calibration(temperature=1.0 if is_one else None), facts
+    log_probs, truth = read_dev_predictions(store, validation)
+    facts["ece_before"] = _calibration_error(log_probs, truth)
+    if kind == "vector":
+        vector = fit_vector_scaling(log_probs, truth)
+        calibration, calibrated = Calibration(vector=vector), vector.apply(log_probs)
+        facts["vector"] = {"weights": vector.weights.tolist(), "biases": vector.biases.tolist()}
+    elif labelers is not None:
+        calibration, calibrated = Calibration(), apply_temperature(log_probs, labelers)
+    else:
+        temperature = fit_temperature(log_probs, truth, smoothing=platt_smoothing(len(truth)))
+        calibrated = apply_temperature(log_probs, temperature)
+        calibration, facts["temperature"] = Calibration(temperature=temperature), temperature
+    facts["ece_after"] = _calibration_error(calibrated, truth)
+    return calibration, facts
+
+
+def _prediction_references(
+    store: Store, labeler: str, corpus: Corpus
+) -> dict[str, PredictionReference]:
+    """Return stem -> where a shard's predictions are, of all shards."""
+    with ThreadPoolExecutor(_RECORD_READERS) as pool:
+        found = pool.map(
+            lambda shard: PredictionReference.of(prediction_record(store, labeler, shard.digest)),
+            corpus.shards,
+        )
+        return {shard.stem: one for shard, one in zip(corpus.shards, found, strict=True)}
 
 
 def write_selections(
@@ -143,19 +188,21 @@ def write_selections(
     """
     inputs.assert_next("write")
     corpus = load_corpus(store, inputs.corpus)
-    num_written = 0
-    for stem in stems:
+
+    def write(stem: str) -> bool:
         digest = corpus.shard(stem).digest
         if read_record(store, _record_path(specification, digest)) is not None:
-            continue
-        rows = Rows.read(store, inputs, corpus, stem, config)
+            return False
+        # The one pass that reads files whole: each is checked before its selection is committed.
+        rows = Rows.read(store, inputs, stem, to_write=True)
+        assert rows.true_labels is not None, "read to write"
         selection = _select(rows, plan, inputs, config)
         data = to_parquet(selection)
         stored = put_object(
             store, specification.folder, digest, data, "parquet", crash_kind="select"
         )
         crash_points.reach("select.between_data_and_record")
-        counts = ShardCounts.of(selection, rows.predictions, rows.confidences, inputs.num_classes)
+        counts = ShardCounts.of(selection, rows.true_labels, rows.confidences, inputs.num_classes)
         body = {
             "schema": RECORD_SCHEMA,
             "stem": stem,
@@ -164,8 +211,11 @@ def write_selections(
             "listed_targets": selection.num_listed,
         }
         create_record(store, _record_path(specification, digest), body)
-        num_written += 1
-    return num_written
+        return True
+
+    # Most of a shard's time is waiting until its bytes are safely on the disk or in the bucket.
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        return sum(pool.map(write, stems))
 
 
 def finish(
@@ -244,27 +294,36 @@ def _select(
     rows: Rows, plan: FinishedPlan, inputs: SelectionInputs, config: SelectionConfig
 ) -> Selection:
     assert inputs.weighting is not None, "weights come before"
-    num_rows = rows.predictions.num_samples
-    passes = rows.passes(inputs)
-    keys = rows.keys()[passes]
-    draws = uniforms(inputs.stream, keys.tolist(), block=Block.BALANCE)
-    copies = np.zeros(num_rows, dtype=np.uint16)
-    copies[passes] = assign_copies(plan, rows.labels[passes], rows.confidences[passes], keys, draws)
-    reason = np.where(
-        copies > 0, Reason.KEPT, np.where(passes, Reason.OVER_QUOTA, Reason.BELOW_THRESHOLD)
+    passing = np.flatnonzero(rows.passes(inputs))
+
+    def keys_of(chosen: NDArray[np.intp]) -> NDArray[np.str_]:
+        return rows.sample_keys(passing[chosen])
+
+    copies = np.zeros(rows.num_samples, dtype=np.uint16)
+    reason = np.full(rows.num_samples, Reason.BELOW_THRESHOLD, dtype=np.int8)
+    copies[passing] = assign_copies(
+        plan,
+        rows.labels[passing],
+        rows.confidences[passing],
+        keys_of,
+        lambda chosen: uniforms(
+            inputs.stream, rows.key_hashes(passing[chosen]), block=Block.BALANCE
+        ),
     )
+    reason[passing] = np.where(copies[passing] > 0, Reason.KEPT, Reason.OVER_QUOTA)
+    assert rows.keys is not None, "read to write"
+    log_probs = class_ids = rest_mass = None
+    if config.target == "soft":
+        log_probs, class_ids, rest_mass = rows.soft_targets()
     return Selection.of(
-        rows.predictions.keys,
+        rows.keys,
         reason=reason,
         copies=copies,
-        weight=weights_of(
-            inputs.weighting,
-            rows.confidences,
-            rows.log_probs,
-            agreement=rows.predictions.agreement,
-        ),
+        weight=rows.weights(inputs.weighting),
         label=rows.labels,
-        log_probs=rows.target_log_probs() if config.target == "soft" else None,
+        log_probs=log_probs,
+        class_ids=class_ids,
+        rest_mass=rest_mass,
     )
 
 

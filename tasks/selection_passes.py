@@ -5,7 +5,7 @@ rows, so that order and grouping of shards change nothing. Who maps (threads of 
 loop) is the caller's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol, cast
@@ -22,6 +22,7 @@ from models.balancing import (
     boundary_candidates,
     confidence_histogram,
     finish_plan,
+    is_at_boundary,
     merge_candidates,
     merge_histograms,
     needs_candidates,
@@ -32,6 +33,7 @@ from models.exact_sums import exact_mean, exact_sum
 from models.thresholds import (
     ClassThresholds,
     FinishedThresholds,
+    FreeMatchConfig,
     ThresholdSearch,
     advance_thresholds,
     begin_thresholds,
@@ -40,17 +42,21 @@ from models.thresholds import (
 )
 from models.weighting import SoftMatchConfig, moment_sums, softmatch_weights
 from storage.corpus import load_corpus
+from storage.predictions import probability_sums
 from storage.store import Store
+from tasks.distributions import dense_probs
 from tasks.selection_config import SelectionConfig
-from tasks.selection_rows import Rows, SelectionInputs
+from tasks.selection_rows import Rows, SelectionInputs, prediction_record
+
+_POOLED_ROWS = 2**18
 
 
 class Mapped(Protocol):
-    """Run a pass over every group of shards and return what it gave for each, in any order."""
+    """Run a pass over every group of shards and yield what it gave for each, in any order."""
 
     def __call__(
         self, one_pass: Any, inputs: SelectionInputs, config: SelectionConfig, /, *more: Any
-    ) -> list[Any]:
+    ) -> Iterable[Any]:
         """Call `one_pass(store, inputs, stems, config, *more)` for each group's stems."""
         ...
 
@@ -93,7 +99,7 @@ def plan_selection(
             round_index=inputs.round_index,
         )
         facts["debias"] = {"mean_probs": mean_probs.tolist(), "offsets": offsets.tolist()}
-    inputs = inputs.after("debias", offsets=offsets)
+    inputs = inputs.after("debias", calibration=inputs.calibration.debiased_by(offsets))
 
     thresholds = _thresholds(inputs, config, mapped)
     inputs = inputs.after("threshold", thresholds=thresholds)
@@ -119,9 +125,16 @@ def sum_probabilities(
     """Map: the exact sum of the calibrated probabilities, (2, C), and the number of rows."""
     inputs.assert_next("debias")
     total, num_rows = np.zeros((2, inputs.num_classes), dtype=np.int64), 0
-    for rows in _each(store, inputs, stems, config):
-        total += exact_sum(rows.probs())
-        num_rows += rows.predictions.num_samples
+    corpus = load_corpus(store, inputs.corpus)
+    for stem in stems:
+        record = prediction_record(store, inputs.labeler, corpus.shard(stem).digest)
+        sums = probability_sums(record)
+        if sums is not None:  # of the whole distributions, before they were cut
+            total += sums
+        else:
+            for _, found in Rows.read(store, inputs, stem).blocks():
+                total += exact_sum(dense_probs(found))
+        num_rows += record["num_samples"]
     return total, num_rows
 
 
@@ -134,13 +147,7 @@ def count_thresholds(
 ) -> NDArray[np.int64]:
     """Map: what a threshold rule counts of all rows."""
     inputs.assert_next("threshold")
-    return reduce(
-        np.add,
-        (
-            count_for_thresholds(search, rows.labels, rows.confidences, rows.probs)
-            for rows in _each(store, inputs, stems, config)
-        ),
-    )
+    return reduce(np.add, (_counted(search, Rows.read(store, inputs, stem)) for stem in stems))
 
 
 def sum_moments(
@@ -152,10 +159,11 @@ def sum_moments(
 ) -> NDArray[np.int64]:
     """Map: the exact sums of aligned confidences and of their squares, of all rows."""
     inputs.assert_next("weight")
-    return reduce(
-        np.add,
-        (moment_sums(rows.log_probs(), aligning) for rows in _each(store, inputs, stems, config)),
-    )
+    total = np.zeros((2, 2), dtype=np.int64)
+    for stem in stems:
+        for _, found in Rows.read(store, inputs, stem).blocks():
+            total += moment_sums(found, aligning)
+    return total
 
 
 def count_confidences(
@@ -163,19 +171,14 @@ def count_confidences(
 ) -> NDArray[np.int64]:
     """Map: samples that reach the threshold, by class and confidence bin."""
     inputs.assert_next("balance")
-    return reduce(
-        merge_histograms,
-        (
-            confidence_histogram(
-                config.balance,
-                rows.labels[passes],
-                rows.confidences[passes],
-                num_classes=inputs.num_classes,
-            )
-            for rows in _each(store, inputs, stems, config)
-            for passes in (rows.passes(inputs),)
-        ),
-    )
+    total: NDArray[np.int64] | None = None
+    for labels, confidences in _pooled(store, inputs, stems):
+        counts = confidence_histogram(
+            config.balance, labels, confidences, num_classes=inputs.num_classes
+        )
+        total = counts if total is None else merge_histograms(total, counts)
+    assert total is not None, "a group holds at least one shard"
+    return total
 
 
 def collect_candidates(
@@ -187,22 +190,58 @@ def collect_candidates(
 ) -> Candidates:
     """Map: the rows that a quota's boundary runs through."""
     inputs.assert_next("balance")
-    found: list[Candidates] = []
-    for rows in _each(store, inputs, stems, config):
-        passes = rows.passes(inputs)
-        found.append(
-            boundary_candidates(
-                plan, rows.labels[passes], rows.confidences[passes], rows.keys()[passes]
-            )
-        )
-    return reduce(merge_candidates, found)
-
-
-def _each(store: Store, inputs: SelectionInputs, stems: Sequence[str], config: SelectionConfig):
-    """Yield the rows of each shard of a group, which holds at least one."""
-    corpus = load_corpus(store, inputs.corpus)
+    labels: list[NDArray[np.uint32]] = []
+    confidences: list[NDArray[np.float32]] = []
+    keys: list[NDArray[np.str_]] = []
     for stem in stems:
-        yield Rows.read(store, inputs, corpus, stem, config)
+        rows = Rows.read(store, inputs, stem, with_keys=True)
+        passing = np.flatnonzero(rows.passes(inputs))
+        near = passing[is_at_boundary(plan, rows.labels[passing], rows.confidences[passing])]
+        labels.append(rows.labels[near])
+        confidences.append(rows.confidences[near])
+        keys.append(rows.sample_keys(near))
+    return boundary_candidates(
+        plan, np.concatenate(labels), np.concatenate(confidences), np.concatenate(keys)
+    )
+
+
+def _pooled(
+    store: Store, inputs: SelectionInputs, stems: Sequence[str]
+) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.float32]]]:
+    """Yield labels and confidences of the rows that reach the threshold, of some shards at a time.
+
+    A histogram has many more cells than a shard has rows, so it is not made for each.
+    """
+    labels: list[NDArray[np.uint32]] = []
+    confidences: list[NDArray[np.float32]] = []
+    num_rows = 0
+    for number, stem in enumerate(stems, start=1):
+        rows = Rows.read(store, inputs, stem)
+        passes = rows.passes(inputs)
+        labels.append(rows.labels[passes])
+        confidences.append(rows.confidences[passes])
+        num_rows += len(labels[-1])
+        if num_rows >= _POOLED_ROWS or number == len(stems):
+            yield np.concatenate(labels), np.concatenate(confidences)
+            labels, confidences, num_rows = [], [], 0
+
+
+def _counted(search: ThresholdSearch, rows: Rows) -> NDArray[np.int64]:
+    if not isinstance(search.state, FreeMatchConfig):
+        return count_for_thresholds(search, rows.labels, rows.confidences, _not_asked)
+    total = np.zeros((2, search.num_classes + 2), dtype=np.int64)
+    for block, found in rows.blocks():
+        total += count_for_thresholds(
+            search,
+            rows.labels[block],
+            rows.confidences[block],
+            lambda found=found: dense_probs(found),
+        )
+    return total
+
+
+def _not_asked() -> NDArray[np.float64]:
+    raise AssertionError("only freematch asks for probabilities")
 
 
 def _mean_probs(
@@ -212,9 +251,11 @@ def _mean_probs(
     is_debiased = not isinstance(config.debias, DebiasNoneConfig)
     if not is_debiased and not isinstance(config.weighting, SoftMatchConfig):
         return None, 0
-    found = cast("list[tuple[Any, int]]", mapped(sum_probabilities, inputs, config))
-    num_rows = sum(count for _, count in found)
-    return exact_mean(reduce(np.add, [sums for sums, _ in found]), num_rows), num_rows
+    total, num_rows = reduce(
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        mapped(sum_probabilities, inputs, config),
+    )
+    return exact_mean(total, num_rows), num_rows
 
 
 def _thresholds(

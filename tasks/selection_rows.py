@@ -1,22 +1,22 @@
 """The predictions of one shard as a pass of a selection sees them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.calibration import apply_temperature
-from models.calibration_vector import VectorScaling
-from models.debiasing import apply_offsets
+from models.randomness import hash_utf8_keys
 from models.thresholds import FinishedThresholds, reaches_thresholds
-from models.weighting import FinishedWeighting
-from storage.corpus import Corpus
-from storage.predictions import Predictions, read_predictions, read_record
+from models.top_k_probs import TopKProbs
+from models.weighting import FinishedWeighting, SoftMatchWeights, weights_of
+from storage.key_columns import KeyColumn
+from storage.prediction_columns import PredictionColumns, PredictionReference
+from storage.predictions import Listed, read_record
 from storage.samples import sample_key
 from storage.store import Store
-from tasks.selection_config import SelectionConfig
+from tasks.distributions import Calibration, Distributions
 
 Step = Literal["calibrate", "debias", "threshold", "weight", "balance", "write"]
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -31,28 +31,26 @@ class SelectionInputs:
         corpus: digest of the labelled corpus.
         labeler: address of its predictions.
         num_classes: C.
-        temperature: 1 where confidences are not calibrated by one.
+        calibration: of the stored distributions, with what debiasing adds to them.
         stream: of the draws that round copies.
         round_index: of the selection.
-        vector: scaling of each class, where calibration is vector.
         labeled_counts: (C,) labelled images of each class, where a rule reads them.
-        offsets: (C,) what debiasing adds to the logits; None where nothing is debiased.
         thresholds: of the classes.
         weighting: how rows are weighted.
+        shards: stem -> where its predictions are.
         done: the steps so far, in their order.
     """
 
     corpus: str
     labeler: str
     num_classes: int
-    temperature: float
+    calibration: Calibration
     stream: int
     round_index: int
-    vector: VectorScaling | None = None
     labeled_counts: NDArray[np.int64] | None = None
-    offsets: NDArray[np.float64] | None = None
     thresholds: FinishedThresholds | None = None
     weighting: FinishedWeighting | None = None
+    shards: Mapping[str, PredictionReference] = field(default_factory=dict, repr=False)
     done: tuple[Step, ...] = ()
 
     def after(self, step: Step, **found: Any) -> "SelectionInputs":
@@ -66,67 +64,99 @@ class SelectionInputs:
         assert self.done == before, f"{step} comes after {before}, but {self.done} are done"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """The predictions of one shard with what calibration and debiasing make of them.
 
+    Distributions and keys are read only if a rule asks for them.
+
     Attributes:
         stem: of the shard.
-        predictions: as stored.
         labels: (N,) uint32.
         confidences: (N,) float32.
+        columns: as stored.
+        calibration: applied to them.
+        keys: in-shard keys, where they were wanted.
+        true_labels: (N,) int32, -1 unknown, where the rows are read to be written: for counts, once
+            everything has been decided.
+        uncertainty: (N,) float32, where it is stored.
+        agreement: (N,) float32, where it is stored.
     """
 
     stem: str
-    predictions: Predictions
     labels: NDArray[np.uint32]
     confidences: NDArray[np.float32]
-    _log_probs: NDArray[np.float64] | None
-    _are_labels_moved: bool
+    columns: PredictionColumns
+    calibration: Calibration
+    keys: KeyColumn | None = None
+    true_labels: NDArray[np.int32] | None = None
+    uncertainty: NDArray[np.float32] | None = None
+    agreement: NDArray[np.float32] | None = None
 
     @classmethod
     def read(
         cls,
         store: Store,
         inputs: SelectionInputs,
-        corpus: Corpus,
         stem: str,
-        config: SelectionConfig,
+        *,
+        with_keys: bool = False,
+        to_write: bool = False,
     ) -> "Rows":
-        """Read one shard's predictions, calibrate and debias them as far as is known."""
-        record = prediction_record(store, inputs.labeler, corpus.shard(stem).digest)
-        predictions = read_predictions(store, record)
-        labels, confidences, log_probs = calibrated_and_debiased(
-            predictions,
-            temperature=inputs.temperature if config.calibration == "temperature" else None,
-            vector=inputs.vector,
-            offsets=inputs.offsets,
-        )
-        are_moved = inputs.vector is not None or inputs.offsets is not None
-        return cls(stem, predictions, labels, confidences, log_probs, are_moved)
+        """Read one shard's predictions, calibrate and debias them as far as is known.
 
-    def keys(self) -> NDArray[np.str_]:
-        """Return the sample keys, (N,)."""
-        keys = [sample_key(self.stem, key) for key in self.predictions.keys]
+        Args:
+            store: where they are.
+            inputs: of the selection.
+            stem: of the shard.
+            with_keys: read the keys, too.
+            to_write: read all that a selection is written from, and check the sha256 of the whole
+                file; else the checksums of what is read of it.
+        """
+        names = ["label", "confidence"]
+        names += ["key"] if with_keys or to_write else []
+        names += ["true_label"] if to_write else []
+        names += inputs.shards[stem].optional
+        columns = PredictionColumns(store, inputs.shards[stem], verify=to_write)
+        found = columns.read(names)
+        labels, confidences = found["label"], found["confidence"]
+        calibration = inputs.calibration
+        if calibration.changes_confidences:
+            labels, confidences = calibration.labels_and_confidences(
+                labels, confidences, *columns.probabilities()
+            )
+        return cls(
+            stem,
+            labels,
+            confidences,
+            columns,
+            calibration,
+            found.get("key"),
+            found.get("true_label"),
+            found.get("uncertainty"),
+            found.get("agreement"),
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    def sample_keys(self, rows: NDArray[np.intp]) -> NDArray[np.str_]:
+        """Return the sample keys of some rows."""
+        assert self.keys is not None, "read with_keys"
+        keys = [sample_key(self.stem, key) for key in self.keys.of_rows(rows)]
         return np.array(keys, dtype=np.str_)
 
-    def log_probs(self) -> NDArray[np.float64]:
-        """Return the calibrated and debiased log-probabilities, (N, C)."""
-        if self._log_probs is not None:
-            return self._log_probs
-        return apply_temperature(self.predictions.log_probs, 1.0)
+    def key_hashes(self, rows: NDArray[np.intp]) -> NDArray[np.uint64]:
+        """Return the hashes of the sample keys of some rows, see `models.randomness`."""
+        assert self.keys is not None, "read with_keys"
+        before = sample_key(self.stem, "").encode()
+        return hash_utf8_keys([before + key for key in self.keys.utf8_of_rows(rows)])
 
-    def probs(self) -> NDArray[np.float64]:
-        """Return the calibrated and debiased probabilities, (N, C)."""
-        return np.exp(self.log_probs())
-
-    def target_log_probs(self) -> NDArray[np.floating]:
-        """Return what a student learns as soft targets, (N, C).
-
-        The teacher's own distribution; where a step may change the class, the distribution that
-        class and confidence are of, for a target must not contradict its label.
-        """
-        return self.log_probs() if self._are_labels_moved else self.predictions.log_probs
+    def blocks(self) -> Iterator[tuple[slice, Distributions]]:
+        """Yield the calibrated and debiased distributions, a few rows at a time."""
+        return self.calibration.blocks(*self.columns.probabilities())
 
     def passes(self, inputs: SelectionInputs) -> NDArray[np.bool_]:
         """Return which rows reach the threshold, (N,)."""
@@ -135,54 +165,52 @@ class Rows:
             inputs.thresholds,
             self.labels,
             self.confidences,
-            uncertainty=self.predictions.uncertainty,
-            agreement=self.predictions.agreement,
+            uncertainty=self.uncertainty,
+            agreement=self.agreement,
+        )
+
+    def weights(self, weighting: FinishedWeighting) -> NDArray[np.float32]:
+        """Return the weight of each row in the loss, (N,)."""
+        if not isinstance(weighting, SoftMatchWeights):
+            return weights_of(weighting, self.confidences, _not_asked, agreement=self.agreement)
+        weights = [weighting.of(found) for _, found in self.blocks()]
+        return np.concatenate([*weights, np.zeros(0, np.float32)])
+
+    def soft_targets(
+        self,
+    ) -> tuple[NDArray[np.floating], NDArray[np.integer] | None, NDArray[np.floating] | None]:
+        """Return what a student learns: log-probabilities, their classes, the rest mass.
+
+        The teacher's own distribution, in the top_k form the calibrated one that was stored; where
+        a step may change the class, the distribution that class and confidence are of, for a target
+        must not contradict its label.
+        """
+        log_probs, listed = self.columns.probabilities()
+        if not self.calibration.moves_labels:
+            return _targets(log_probs, listed)
+        parts = [found for _, found in self.calibration.blocks(log_probs, listed)]
+        if listed is None:
+            # Half floats at once: float64 of a whole shard would be four times the stored size.
+            dense = [found.astype(np.float16) for found in parts if isinstance(found, np.ndarray)]
+            return np.concatenate([*dense, log_probs[:0]]), None, None
+        tops = [found for found in parts if isinstance(found, TopKProbs)]
+        return (
+            np.concatenate([*(found.log_probs for found in tops), log_probs[:0]]),
+            np.concatenate([*(found.class_ids for found in tops), listed.class_ids[:0]]),
+            np.concatenate([*(found.rest_mass for found in tops), listed.rest_mass[:0]]),
         )
 
 
-def calibrated_and_debiased(
-    predictions: Predictions,
-    *,
-    temperature: float | None,
-    vector: VectorScaling | None,
-    offsets: NDArray[np.float64] | None,
-) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64] | None]:
-    """Return label, confidence and log-probabilities as the threshold sees them.
-
-    A temperature alone changes no label. Without any of the three, labels and confidences are the
-    teacher's own and the log-probabilities None.
-    """
-    log_probs = None
-    if vector is not None:
-        log_probs = vector.apply(predictions.log_probs)
-    elif temperature is not None:
-        log_probs = apply_temperature(predictions.log_probs, temperature)
-    if offsets is not None:
-        log_probs = apply_offsets(
-            predictions.log_probs if log_probs is None else log_probs, offsets
-        )
-    labels = predictions.label
-    if log_probs is None:
-        return labels, predictions.confidence, None
-    if vector is not None or offsets is not None:
-        labels = log_probs.argmax(axis=1).astype(np.uint32)
-    rows = np.arange(predictions.num_samples)
-    return labels, np.exp(log_probs[rows, labels]).astype(np.float32), log_probs
+def _targets(
+    log_probs: NDArray[np.float16], listed: Listed | None
+) -> tuple[NDArray[np.floating], NDArray[np.integer] | None, NDArray[np.floating] | None]:
+    if listed is None:
+        return log_probs, None, None
+    return log_probs, listed.class_ids, listed.rest_mass
 
 
-def from_summary(
-    summary: Mapping[str, Any],
-) -> tuple[float | None, VectorScaling | None, NDArray[np.float64] | None]:
-    """Return temperature, vector scaling and offsets of a finished selection, as far as it has."""
-    vector = summary.get("vector")
-    debias = summary.get("debias")
-    return (
-        summary.get("temperature"),
-        None
-        if vector is None
-        else VectorScaling(np.array(vector["weights"]), np.array(vector["biases"])),
-        None if debias is None else np.array(debias["offsets"]),
-    )
+def _not_asked() -> NDArray[np.floating]:
+    raise AssertionError("only SoftMatch asks for log-probabilities")
 
 
 def prediction_record(store: Store, labeler: str, shard_digest: str) -> dict[str, Any]:

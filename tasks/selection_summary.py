@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.evaluation.pseudo_labels import PseudoLabelQuality, pseudo_label_quality
-from storage.predictions import Predictions
+from storage.array_text import from_text, to_text
 from storage.selections import Reason, Selection
 
 SUMMARY_SCHEMA = 1
@@ -58,33 +58,29 @@ class ShardCounts:
     def of(
         cls,
         selection: Selection,
-        predictions: Predictions,
+        true_labels: NDArray[np.int32],
         confidences: NDArray[np.float32],
         num_classes: int,
     ) -> "ShardCounts":
         """Count one shard; true labels enter here, after everything has been decided."""
-
-        def by_class(weights: NDArray[Any]) -> NDArray[np.int64]:
-            counts = np.bincount(selection.label, weights=weights, minlength=num_classes)
-            return counts.astype(np.int64)
-
+        labels, kept = selection.label.astype(np.int64), selection.kept
+        copies = np.bincount(labels, weights=selection.copies, minlength=num_classes)
+        reasons = np.bincount(selection.reason, minlength=len(Reason))
         bins = np.minimum((confidences * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
 
         def by_bin(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
             return np.bincount(bins[mask], minlength=CONFIDENCE_BINS).astype(np.int64)
 
-        is_known = predictions.true_label >= 0
-        is_true = selection.label.astype(np.int64) == predictions.true_label
+        is_known = true_labels >= 0
+        is_true = labels == true_labels
         return cls(
-            quality=pseudo_label_quality(selection.label, predictions.true_label, selection.copies),
-            predicted=by_class(np.ones(predictions.num_samples)),
-            unique=by_class(selection.kept),
-            copies=by_class(selection.copies),
-            reasons={
-                reason.name.lower(): int((selection.reason == reason).sum()) for reason in Reason
-            },
-            kept_by_confidence=by_bin(selection.kept),
-            rejected_by_confidence=by_bin(~selection.kept),
+            quality=pseudo_label_quality(labels, true_labels, selection.copies),
+            predicted=np.bincount(labels, minlength=num_classes),
+            unique=np.bincount(labels[kept], minlength=num_classes),
+            copies=copies.astype(np.int64),
+            reasons={reason.name.lower(): int(reasons[reason]) for reason in Reason},
+            kept_by_confidence=by_bin(kept),
+            rejected_by_confidence=by_bin(~kept),
             correct_by_confidence=by_bin(is_known & is_true),
             known_by_confidence=by_bin(is_known),
         )
@@ -106,12 +102,19 @@ class ShardCounts:
             "known": quality.known,
             "correct": quality.correct,
             "reasons": self.reasons,
-            **{name: getattr(self, name).tolist() for name in _ARRAYS},
+            "num_classes": len(self.predicted),
+            "arrays": to_text(np.concatenate([getattr(self, name) for name in _ARRAYS])),
         }
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "ShardCounts":
-        """Read the stored form."""
+        """Read the stored form, or that of before, in which each array was a list of numbers."""
+        if "arrays" in stored:
+            sizes = [stored["num_classes"]] * 3 + [CONFIDENCE_BINS] * 4
+            flat = from_text(stored["arrays"], (sum(sizes),))
+            arrays = np.split(flat, np.cumsum(sizes)[:-1])
+        else:
+            arrays = [np.asarray(stored[name], dtype=np.int64) for name in _ARRAYS]
         return cls(
             quality=PseudoLabelQuality(
                 total=stored["total"],
@@ -121,7 +124,7 @@ class ShardCounts:
                 correct=stored["correct"],
             ),
             reasons=stored["reasons"],
-            **{name: np.asarray(stored[name], dtype=np.int64) for name in _ARRAYS},
+            **dict(zip(_ARRAYS, arrays, strict=True)),
         )
 
 

@@ -10,13 +10,14 @@ grouping of shards gives the same bytes. All functions see only rows that passed
     pass 3   copies = `assign_copies(plan, ...)` for each shard
 """
 
+from collections.abc import Callable
 from typing import Annotated, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from models.balancing.candidates import Candidates, merge_candidates
+from models.balancing.candidates import Candidates, Keys, keys_of, merge_candidates
 from models.balancing.cap_min import plan_cap_min
 from models.balancing.configs import (
     BalanceNoneConfig,
@@ -26,19 +27,26 @@ from models.balancing.configs import (
     TopKConfig,
 )
 from models.balancing.crest import plan_crest
+from models.balancing.histograms import binary_bins, confidence_bins, merge_histograms
 from models.balancing.histograms import confidence_histogram as _confidence_histogram
-from models.balancing.histograms import merge_histograms
-from models.balancing.ns_binned import NS_EDGES, NsBinnedPlan, ns_binned_copies, plan_ns_binned
+from models.balancing.ns_binned import (
+    NS_EDGES,
+    NsBinnedPlan,
+    ns_binned_expected_copies,
+    plan_ns_binned,
+)
 from models.balancing.quotas import randomly_rounded, resolved_quota
 from models.balancing.top_k import (
-    TOP_K_EDGES,
     TopKBoundary,
     TopKPlan,
     finish_top_k,
+    in_cut_bin,
+    num_top_k_bins,
     plan_top_k,
     top_k_candidates,
-    top_k_copies,
+    top_k_expected_copies,
 )
+from models.thresholds.fixed import check_confidences
 
 __all__ = [
     "BalanceConfig",
@@ -48,6 +56,7 @@ __all__ = [
     "CapMinConfig",
     "CrestConfig",
     "FinishedPlan",
+    "Keys",
     "NoBalancePlan",
     "NsBinnedConfig",
     "NsBinnedPlan",
@@ -58,6 +67,7 @@ __all__ = [
     "boundary_candidates",
     "confidence_histogram",
     "finish_plan",
+    "is_at_boundary",
     "merge_candidates",
     "merge_histograms",
     "needs_candidates",
@@ -91,14 +101,23 @@ def confidence_histogram(
     """Map of pass 1: samples by class and confidence bin, (C, bins); sum it over shards.
 
     Args:
-        config: its kind decides the bins (101 of NS, else 4,096).
+        config: its kind decides the bins: 101 of NS, else a power of two up to 4,096, fewer where
+            there are many classes.
         labels: (N,) class ids of rows that passed the threshold.
         confidences: (N,) in [0, 1].
         num_classes: C.
     Raises: ValueError for NaN, or a value or a label out of range.
     """
-    edges = NS_EDGES if isinstance(config, NsBinnedConfig) else TOP_K_EDGES
-    return _confidence_histogram(labels, confidences, num_classes=num_classes, edges=edges)
+    check_confidences(confidences)
+    if isinstance(config, NsBinnedConfig):
+        num_bins = len(NS_EDGES)
+        bins = confidence_bins(confidences, NS_EDGES)
+    else:
+        num_bins = num_top_k_bins(num_classes)
+        bins = binary_bins(confidences, num_bins)
+    return _confidence_histogram(
+        labels, confidences, num_classes=num_classes, bins=bins, num_bins=num_bins
+    )
 
 
 def reads_labeled_counts(config: BalanceConfig) -> bool:
@@ -141,13 +160,22 @@ def needs_candidates(plan: BalancePlan) -> bool:
     return isinstance(plan, TopKBoundary)
 
 
+def is_at_boundary(
+    plan: BalancePlan, labels: NDArray[np.integer], confidences: NDArray[np.floating]
+) -> NDArray[np.bool_]:
+    """Which rows the boundary runs through, (N,): only these are of use to pass 2."""
+    if not isinstance(plan, TopKBoundary):
+        raise ValueError(f"{type(plan).__name__} needs no candidates: see needs_candidates")
+    return in_cut_bin(plan, labels, confidences)
+
+
 def boundary_candidates(
     plan: BalancePlan,
     labels: NDArray[np.integer],
     confidences: NDArray[np.floating],
     keys: NDArray[np.str_],
 ) -> Candidates:
-    """Map of pass 2: the rows of one shard that the boundary runs through; never many."""
+    """Map of pass 2: the rows of one shard that the boundary runs through."""
     if not isinstance(plan, TopKBoundary):
         raise ValueError(f"{type(plan).__name__} needs no candidates: see needs_candidates")
     return top_k_candidates(plan, labels, confidences, keys)
@@ -166,8 +194,8 @@ def assign_copies(
     plan: FinishedPlan,
     labels: NDArray[np.integer],
     confidences: NDArray[np.floating],
-    keys: NDArray[np.str_],
-    uniforms: NDArray[np.floating],
+    keys: Keys,
+    uniforms: NDArray[np.floating] | Callable[[NDArray[np.intp]], NDArray[np.floating]],
 ) -> NDArray[np.uint16]:
     """Copies of each row of one shard; 0 is over quota.
 
@@ -175,16 +203,23 @@ def assign_copies(
         plan: the finished plan.
         labels: (N,) as in pass 1.
         confidences: (N,) as in pass 1, of the same dtype.
-        keys: (N,) sample keys, unique in the corpus.
-        uniforms: (N,) in [0, 1), drawn for each key, which round fractional copies.
+        keys: (N,) sample keys, unique in the corpus; or what gives those of some rows.
+        uniforms: (N,) in [0, 1), drawn for each key, which round fractional copies; or what draws
+            them for some rows: only rows whose copies have a fraction are asked for.
     Returns: (N,) uint16.
     """
     match plan:
         case NoBalancePlan():
             return np.ones(len(labels), dtype=np.uint16)
         case NsBinnedPlan():
-            return ns_binned_copies(plan, labels, confidences, uniforms)
+            expected = ns_binned_expected_copies(plan, labels, confidences)
         case TopKPlan():
-            return top_k_copies(plan, labels, confidences, keys, uniforms)
+            expected = top_k_expected_copies(plan, labels, confidences, keys_of(keys, len(labels)))
         case _:
             assert_never(plan)
+    if not callable(uniforms):
+        return randomly_rounded(expected, uniforms)
+    rows = np.flatnonzero(expected % 1)
+    copies = expected.astype(np.uint16)
+    copies[rows] = randomly_rounded(expected[rows], uniforms(rows))
+    return copies

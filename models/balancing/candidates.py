@@ -1,9 +1,34 @@
 """Rows near a boundary, ranked so that any order of merging keeps the same ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+KeysOfRows = Callable[[NDArray[np.intp]], NDArray[np.str_]]
+Keys = NDArray[np.str_] | KeysOfRows
+"""The sample keys of N rows, or what gives those of some rows, where most are never asked for."""
+
+
+def keys_of(keys: Keys, num_rows: int) -> KeysOfRows:
+    """What gives the keys of some rows.
+
+    Raises: ValueError for an array of another length or kind.
+    """
+    if callable(keys):
+        return keys
+    check_keys(keys, num_rows)
+    return keys.__getitem__
+
+
+def check_keys(keys: NDArray[np.str_], num_rows: int) -> None:
+    """Refuse an array of another length or kind."""
+    if keys.shape != (num_rows,) or keys.dtype.kind != "U":
+        raise ValueError(
+            f"keys of shape {keys.shape} and dtype {keys.dtype} for {num_rows} rows: must be as "
+            "many strings (a numpy array of dtype U)"
+        )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def crest_rates(labeled_counts: NDArray[np.int64], alpha: float) -> NDArray[np.f
 def plan_crest(
     config: CrestConfig, histogram: NDArray[np.int64], labeled_counts: NDArray[np.int64]
 ) -> TopKBoundary:
-    """The most confident rate * n_c of each class, halves rounded up; (C, 4096) histogram.
+    """The most confident rate * n_c of each class, halves rounded up; (C, bins) histogram.
 
     Raises: ValueError if the labelled images are of another number of classes.
     """

@@ -18,6 +18,15 @@ def confidence_bins(
     return np.searchsorted(edges.astype(confidences.dtype), confidences, side="right") - 1
 
 
+def binary_bins(confidences: NDArray[np.floating], num_bins: int) -> NDArray[np.int64]:
+    """The bin of each confidence among `num_bins` equal ones, a power of two; 1 is in the last.
+
+    Scaling by a power of two is exact, so a value on an edge belongs to the bin above it.
+    """
+    scaled = confidences * confidences.dtype.type(num_bins)
+    return np.minimum(scaled.astype(np.int64), num_bins - 1)
+
+
 def check_rows(
     labels: NDArray[np.integer], confidences: NDArray[np.floating], num_classes: int
 ) -> None:
@@ -40,12 +49,12 @@ def confidence_histogram(
     confidences: NDArray[np.floating],
     *,
     num_classes: int,
-    edges: NDArray[np.float64],
+    bins: NDArray[np.int64],
+    num_bins: int,
 ) -> NDArray[np.int64]:
-    """Samples by class and bin, (C, len(edges)); the first edge must be 0."""
+    """Samples by class and bin, (C, num_bins)."""
     check_rows(labels, confidences, num_classes)
-    num_bins = len(edges)
-    cells = labels.astype(np.int64) * num_bins + confidence_bins(confidences, edges)
+    cells = labels.astype(np.int64) * num_bins + bins
     counts = np.bincount(cells, minlength=num_classes * num_bins)
     return counts.astype(np.int64).reshape(num_classes, num_bins)
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from models.balancing.configs import NsBinnedConfig
 from models.balancing.histograms import check_rows, confidence_bins
-from models.balancing.quotas import expected_copies, randomly_rounded, resolved_quota
+from models.balancing.quotas import expected_copies, resolved_quota
 
 NS_EDGES: NDArray[np.float64] = np.arange(101, dtype=np.float64) / 100  # i / 100, correctly rounded
 
@@ -67,14 +67,12 @@ def plan_ns_binned(config: NsBinnedConfig, histogram: NDArray[np.int64]) -> NsBi
     )
 
 
-def ns_binned_copies(
+def ns_binned_expected_copies(
     plan: NsBinnedPlan,
     labels: NDArray[np.integer],
     confidences: NDArray[np.floating],
-    uniforms: NDArray[np.floating],
-) -> NDArray[np.uint16]:
-    """Copies of each row that passed the threshold, (N,); 0 below the cut or thinned out."""
+) -> NDArray[np.float64]:
+    """Copies of each row that passed the threshold, (N,); 0 below the cut, thinned above it."""
     check_rows(labels, confidences, len(plan.counts))
     is_above = confidence_bins(confidences, NS_EDGES) >= plan.cut_bins[labels]
-    expected = np.where(is_above, plan.expected_copies[labels], 0.0)
-    return randomly_rounded(expected, uniforms)
+    return np.where(is_above, plan.expected_copies[labels], 0.0)

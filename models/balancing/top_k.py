@@ -5,12 +5,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.balancing.candidates import Candidates, best_candidates
+from models.balancing.candidates import Candidates, KeysOfRows, best_candidates, check_keys
 from models.balancing.configs import TopKConfig
-from models.balancing.histograms import check_rows, confidence_bins
-from models.balancing.quotas import expected_copies, randomly_rounded, resolved_quota
+from models.balancing.histograms import binary_bins, check_rows
+from models.balancing.quotas import expected_copies, resolved_quota
 
-TOP_K_EDGES: NDArray[np.float64] = np.arange(4096, dtype=np.float64) / 4096  # exact in float32 too
+_MOST_BINS, _FEWEST_BINS = 4096, 64
+_MOST_CELLS = 2**18  # classes x bins: 2 MB of counts, which stay in a core's cache
+
+
+def num_top_k_bins(num_classes: int) -> int:
+    """Bins of confidence of each class in pass 1, a power of two.
+
+    Fewer where there are many classes: rows in the cut bins are collected in pass 2 whatever the
+    bins, so they decide cost alone.
+    """
+    num_bins = _MOST_BINS
+    while num_bins > _FEWEST_BINS and num_bins * num_classes > _MOST_CELLS:
+        num_bins //= 2
+    return num_bins
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,7 @@ class TopKBoundary:
         wanted: (C,) rows of the cut bin that are kept, at least 1 where there is a cut, else 0.
         expected_copies: (C,) of each kept row.
         is_capped: (C,) whether max_copies keeps the class below the quota.
+        num_bins: of the histogram.
     """
 
     quotas: NDArray[np.int64]
@@ -32,6 +46,7 @@ class TopKBoundary:
     wanted: NDArray[np.int64]
     expected_copies: NDArray[np.float64]
     is_capped: NDArray[np.bool_]
+    num_bins: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class TopKPlan:
 
 
 def plan_top_k(config: TopKConfig, histogram: NDArray[np.int64]) -> TopKBoundary:
-    """Find the bin of the k-th sample of each class in a (C, 4096) histogram."""
+    """Find the bin of the k-th sample of each class in a (C, bins) histogram."""
     counts = histogram.sum(axis=1)
     quotas = np.full(len(counts), resolved_quota(config.k, counts))
     return plan_quotas(quotas, histogram, upsample=config.upsample, max_copies=config.max_copies)
@@ -74,14 +89,17 @@ def plan_quotas(
 
     Args:
         quotas: (C,) samples wanted of each class; 0 gives each of its samples 0 copies.
-        histogram: (C, 4096).
+        histogram: (C, bins).
         upsample: duplicate the samples of classes that have fewer.
         max_copies: of one sample.
     """
-    if histogram.shape[1] != len(TOP_K_EDGES):
-        raise ValueError(f"histogram of {histogram.shape[1]} bins, top_k needs 4096")
+    if histogram.shape[1] != num_top_k_bins(len(histogram)):
+        raise ValueError(
+            f"histogram of {histogram.shape[1]} bins, {len(histogram)} classes need "
+            f"{num_top_k_bins(len(histogram))}"
+        )
     counts = histogram.sum(axis=1)
-    at_or_above = histogram[:, ::-1].cumsum(axis=1)[:, ::-1]  # (C, 4096)
+    at_or_above = histogram[:, ::-1].cumsum(axis=1)[:, ::-1]  # (C, bins)
     has_cut = counts > quotas
     last_bins = (at_or_above >= quotas[:, None]).sum(axis=1) - 1
     cut_bins = np.where(has_cut, last_bins, -1)
@@ -98,7 +116,16 @@ def plan_quotas(
         wanted=np.where(has_cut, quotas - above, 0),
         expected_copies=copies,
         is_capped=is_capped,
+        num_bins=histogram.shape[1],
     )
+
+
+def in_cut_bin(
+    boundary: TopKBoundary, labels: NDArray[np.integer], confidences: NDArray[np.floating]
+) -> NDArray[np.bool_]:
+    """Which rows lie in the bin that the last row of their class lies in, (N,)."""
+    check_rows(labels, confidences, len(boundary.counts))
+    return binary_bins(confidences, boundary.num_bins) == boundary.cut_bins[labels]
 
 
 def top_k_candidates(
@@ -107,14 +134,13 @@ def top_k_candidates(
     confidences: NDArray[np.floating],
     keys: NDArray[np.str_],
 ) -> Candidates:
-    """The best rows of one shard within the cut bins, as many of a class as could be kept."""
-    check_rows(labels, confidences, len(boundary.counts))
-    _check_keys(keys, len(labels))
-    is_in_cut = confidence_bins(confidences, TOP_K_EDGES) == boundary.cut_bins[labels]
+    """The best rows of some shards within the cut bins, as many of a class as could be kept."""
+    check_keys(keys, len(labels))
+    in_cut = in_cut_bin(boundary, labels, confidences)
     return best_candidates(
-        labels[is_in_cut].astype(np.int64),
-        confidences[is_in_cut].astype(np.float64),
-        keys[is_in_cut],
+        labels[in_cut].astype(np.int64),
+        confidences[in_cut].astype(np.float64),
+        keys[in_cut],
         boundary.wanted,
     )
 
@@ -146,28 +172,19 @@ def finish_top_k(boundary: TopKBoundary, candidates: Candidates) -> TopKPlan:
     )
 
 
-def top_k_copies(
+def top_k_expected_copies(
     plan: TopKPlan,
     labels: NDArray[np.integer],
     confidences: NDArray[np.floating],
-    keys: NDArray[np.str_],
-    uniforms: NDArray[np.floating],
-) -> NDArray[np.uint16]:
+    keys: KeysOfRows,
+) -> NDArray[np.float64]:
     """Copies of each row that passed the threshold, (N,); 0 past the k-th of its class."""
     check_rows(labels, confidences, len(plan.counts))
-    _check_keys(keys, len(labels))
     exact = confidences.astype(np.float64)
     last = plan.last_confidences[labels]
     is_kept = exact > last
-    for row in np.flatnonzero(exact == last):  # the ties, which are few
+    ties = np.flatnonzero(exact == last)
+    for row, key in zip(ties.tolist(), keys(ties).tolist(), strict=True):
         last_key = plan.last_keys[int(labels[row])]
-        is_kept[row] = last_key is None or str(keys[row]) <= last_key
-    return randomly_rounded(np.where(is_kept, plan.expected_copies[labels], 0.0), uniforms)
-
-
-def _check_keys(keys: NDArray[np.str_], num_rows: int) -> None:
-    if keys.shape != (num_rows,) or keys.dtype.kind != "U":
-        raise ValueError(
-            f"keys of shape {keys.shape} and dtype {keys.dtype} for {num_rows} rows: must be as "
-            "many strings (a numpy array of dtype U)"
-        )
+        is_kept[row] = last_key is None or key <= last_key
+    return np.where(is_kept, plan.expected_copies[labels], 0.0)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from models.debiasing import apply_offsets
 from models.exact_sums import exact_mean, exact_sum
+from models.top_k_probs import TopKProbs
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SoftMatchWeights:
     variance: float
     n: float
 
-    def of(self, log_probs: NDArray[np.floating]) -> NDArray[np.float32]:
+    def of(self, log_probs: NDArray[np.floating] | TopKProbs) -> NDArray[np.float32]:
         """Weights (N,) of rows of calibrated log-probabilities (N, C), each in (0, 1]."""
         confidences = aligned_confidences(log_probs, self.offsets)
         return truncated_gaussian(
@@ -35,13 +36,17 @@ class SoftMatchWeights:
 
 
 def aligned_confidences(
-    log_probs: NDArray[np.floating], offsets: NDArray[np.float64]
+    log_probs: NDArray[np.floating] | TopKProbs, offsets: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The largest probability (N,) after alignment."""
+    if isinstance(log_probs, TopKProbs):
+        return log_probs.with_offsets(offsets).confidences
     return np.exp(apply_offsets(log_probs, offsets).max(axis=1))
 
 
-def moment_sums(log_probs: NDArray[np.floating], offsets: NDArray[np.float64]) -> NDArray[np.int64]:
+def moment_sums(
+    log_probs: NDArray[np.floating] | TopKProbs, offsets: NDArray[np.float64]
+) -> NDArray[np.int64]:
     """Map: (2, 2) exact sums of the aligned confidences and of their squares."""
     confidences = aligned_confidences(log_probs, offsets)
     return exact_sum(np.column_stack([confidences, confidences**2]))

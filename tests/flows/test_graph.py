@@ -389,3 +389,20 @@ def test_a_corpus_that_grew_changes_the_online_student_too(changed):
 def test_a_run_without_rounds_is_a_teacher_and_its_evaluations(fingerprints_of):
     run = graph(replace(PINS, unlabeled=None), rounds=0, student=None, baseline=False)
     assert set(fingerprints_of(run)) == TEACHER
+
+
+def test_a_selection_that_could_not_use_its_labels_is_refused_before_labelling():
+    many = replace(PINS, class_names=tuple(f"c{i}" for i in range(257)))
+    vector = graph(many, selection={"calibration": "vector"})
+    with pytest.raises(ValueError, match=r"label with labeling\.form=full"):
+        vector.label(vector.first_model())
+    full = graph(many, selection={"calibration": "vector"}, labeling={"form": "full"})
+    full.label(full.first_model())
+
+
+def test_labels_in_the_top_k_form_depend_on_the_teachers_validation():
+    many = replace(PINS, class_names=tuple(f"c{i}" for i in range(257)))
+    one, other = graph(many), graph(replace(many, dev="9" * 64))
+    assert one.labeler(one.first_model()) != other.labeler(other.first_model())
+    few, other = graph(), graph(replace(PINS, dev="9" * 64))
+    assert few.labeler(few.first_model()) == other.labeler(other.first_model())

@@ -12,17 +12,20 @@ from models.aggregation import (
     TeachersUncertaintyConfig,
     ViewsUncertaintyConfig,
 )
+from models.calibration import apply_temperature
+from models.exact_sums import exact_mean
 from models.randomness import derive_seed
 from models.training import initial_state
 from models.views import HflipViewConfig, KRandomViewConfig
 from storage.corpus import MissingShard
-from storage.predictions import read_predictions, read_record
+from storage.predictions import probability_sums, read_predictions, read_record
 from storage.samples import CorruptShard
 from tasks import labeling
 from tasks.classifiers import ClassesMismatch, StoredClassifier
 from tasks.ensembles import Ensemble, load_ensemble
 from tasks.labeling import labeler_fingerprint, resolve_batch_size
 from tasks.labeling_config import LabelingConfig
+from tasks.predicting import Cut
 from tasks.shard_items import TooManyBadSamples
 
 VIEW = {"image_size": 8, "crop_padding": 0, "interpolation": "bilinear"}
@@ -147,7 +150,7 @@ def test_the_manifest_counts_shards_samples_and_names_their_records(pipeline):
     assert pipeline.labels.inputs["corpus"].fingerprint == pipeline.lab.unlabeled.digest
 
 
-def label_one(lab, stem, classifier, *, labeler="1" * 64):
+def label_one(lab, stem, classifier, *, labeler="1" * 64, cut=None):
     """Label one shard and return what is stored of it."""
     done = labeling.label_shards(
         lab.store,
@@ -157,6 +160,7 @@ def label_one(lab, stem, classifier, *, labeler="1" * 64):
         labeler=labeler,
         batch_size=16,
         max_bad_samples=0,
+        cut=cut,
     )
     assert list(done) == [lab.unlabeled.shard(stem).num_samples]
     record = read_record(lab.store, labeler, lab.unlabeled.shard(stem).digest)
@@ -374,6 +378,52 @@ def test_the_order_of_teachers_changes_no_address():
 def test_settings_that_cannot_take_effect_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         labeler_fingerprint(config, **BASE)
+
+
+VALIDATION = "c" * 64
+MANY = [f"c{i}" for i in range(257)]
+
+
+def test_auto_is_full_up_to_256_classes_and_keeps_its_address():
+    few = BASE | {"class_names": MANY[:256]}
+    full = labeler_fingerprint(LabelingConfig(form="full"), **few)
+    assert labeler_fingerprint(LabelingConfig(form="auto"), **few) == full
+    # Neither k nor the validation is part of the full form.
+    assert labeler_fingerprint(LabelingConfig(k=3), **few, validation=VALIDATION) == full
+
+
+def test_auto_is_top_k_above_256_classes():
+    many = BASE | {"class_names": MANY, "validation": VALIDATION}
+    top_k = labeler_fingerprint(LabelingConfig(form="top_k"), **many)
+    assert labeler_fingerprint(LabelingConfig(), **many) == top_k
+    assert labeler_fingerprint(LabelingConfig(form="full"), **many) != top_k
+    assert labeler_fingerprint(LabelingConfig(k=11), **many) != top_k
+    assert labeler_fingerprint(LabelingConfig(), **many | {"validation": "d" * 64}) != top_k
+
+
+def test_top_k_without_a_validation_or_enough_classes_is_refused():
+    with pytest.raises(ValueError, match="no validation of the model is given"):
+        labeler_fingerprint(LabelingConfig(), **BASE | {"class_names": MANY})
+    with pytest.raises(ValueError, match=r"k=10 with labeling\.form=top_k: there are 2 classes"):
+        labeler_fingerprint(LabelingConfig(form="top_k"), **BASE, validation=VALIDATION)
+
+
+def test_top_k_labels_are_the_calibrated_whole_predictions_cut(pipeline, lab):
+    classifier = pipeline.lab.classifier(pipeline.teacher.fingerprint)
+    whole = label_one(lab, "unlabeled-0", classifier, labeler="1" * 64)
+    cut = label_one(lab, "unlabeled-0", classifier, labeler="2" * 64, cut=Cut(2, 1.5))
+    calibrated = np.exp(apply_temperature(whole.log_probs, 1.5))
+    order = np.argsort(-calibrated, axis=1)
+    assert cut.form == "top_k"
+    assert cut.label.tolist() == whole.label.tolist()
+    np.testing.assert_allclose(cut.confidence, calibrated.max(axis=1), rtol=2e-3)
+    np.testing.assert_array_equal(cut.listed.class_ids, order[:, :2])
+    np.testing.assert_allclose(cut.listed.rest_mass, calibrated.min(axis=1), rtol=5e-3)
+    np.testing.assert_array_equal(cut.logsumexp, whole.logsumexp)
+    record = read_record(lab.store, "2" * 64, lab.unlabeled.shard("unlabeled-0").digest)
+    assert record["facts"]["temperature"] == 1.5
+    mean = exact_mean(probability_sums(record), cut.num_samples)
+    np.testing.assert_allclose(mean, calibrated.mean(axis=0), rtol=2e-3)
 
 
 def test_how_the_work_is_cut_does_not_change_the_address():

@@ -26,8 +26,9 @@ from storage.corpus import Corpus, Shard, save_corpus
 from storage.manifest import read_stored
 from storage.selections import Reason, from_parquet
 from tasks import selection, selection_passes
+from tasks.distributions import Calibration
 from tasks.selection import SelectionConfig, read_summary
-from tasks.selection_rows import STEPS, calibrated_and_debiased, from_summary
+from tasks.selection_rows import STEPS
 from tasks.selection_summary import EmptySelection
 
 # (key, label, confidence, truth) of three classes; the two others share the rest.
@@ -445,11 +446,10 @@ def test_a_finished_selection_tells_what_moved_its_labels_and_confidences(lab):
         calibration="vector", debias=LogitAdjustConfig(), weighting=ConfidenceWeightConfig()
     )
     manifest = select(lab, chosen, validation=validation_of(lab))
-    temperature, vector, offsets = from_summary(read_summary(lab.store, manifest))
-    assert temperature is None
+    calibration = Calibration.of_summary(read_summary(lab.store, manifest))
+    assert calibration.temperature is None
     for stem, found in stored(lab, manifest).items():
-        labels, confidences, _ = calibrated_and_debiased(
-            lab.predictions_of(ROWS[stem]), temperature=None, vector=vector, offsets=offsets
-        )
+        planted = lab.predictions_of(ROWS[stem])
+        labels, confidences = calibration.seen_by_threshold(planted)
         assert labels.tolist() == found.label.tolist()
         assert confidences.tolist() == found.weight.tolist()

@@ -1,0 +1,89 @@
+"""The real selection stage on a made-up labelling: `python -m ... FOLDER ROWS SHARDS`.
+
+Prints seconds, the peak of resident memory and what of it was there before (Python and imports).
+"""
+
+import json
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.references.selection_data import CLASS_NAMES, Problem, labeling_of
+from benchmarks.references.selection_process import cpu_seconds, peak_bytes
+from storage.corpus import load_corpus
+from tasks import selection
+from tasks.selection_passes import plan_selection
+from tasks.specifications import finished_result
+
+SHARDS_PER_GROUP = 32
+VALIDATION = "a" * 64
+
+
+def select(folder: Path, problem: Problem) -> dict[str, Any]:
+    """Run every pass and the writing on two threads, as flows/selection.py does with Prefect's."""
+    store, fingerprint = labeling_of(folder)
+    config = problem.config
+    specification = selection.specify(
+        config, labeling=fingerprint, validation=VALIDATION, seed=0, round_index=1
+    )
+    shutil.rmtree(Path(store.url) / "selections", ignore_errors=True)
+    before, cpu, started = peak_bytes(), cpu_seconds(), time.monotonic()
+    labels = finished_result(store, "label", fingerprint)
+    inputs, facts = selection.calibrate(store, specification, labels, None, class_names=CLASS_NAMES)
+    stems = [shard.stem for shard in load_corpus(store, inputs.corpus).shards]
+    groups = [
+        stems[start : start + SHARDS_PER_GROUP] for start in range(0, len(stems), SHARDS_PER_GROUP)
+    ]
+    laps = [("calibrate", time.monotonic())]
+    with ThreadPoolExecutor(2) as pool:
+
+        def mapped(one_pass: Any, inputs: Any, config: Any, *more: Any) -> list[Any]:
+            futures = [pool.submit(one_pass, store, inputs, g, config, *more) for g in groups]
+            found = [future.result() for future in futures]
+            laps.append((one_pass.__name__, time.monotonic()))
+            return found
+
+        planned = plan_selection(inputs, config, mapped)
+        writing = [
+            pool.submit(
+                selection.write_selections,
+                store,
+                specification,
+                planned.inputs,
+                group,
+                config,
+                planned.plan,
+            )
+            for group in groups
+        ]
+        for future in writing:
+            future.result()
+    laps.append(("write", time.monotonic()))
+    manifest = selection.finish(
+        store,
+        specification,
+        labels,
+        None,
+        config,
+        facts=facts | planned.facts,
+        class_names=CLASS_NAMES,
+        seconds=time.monotonic() - started,
+    )
+    laps.append(("finish", time.monotonic()))
+    starts = [started, *(at for _, at in laps)]
+    return {
+        "seconds": laps[-1][1] - started,
+        "cpu_seconds": cpu_seconds() - cpu,
+        "peak_bytes": peak_bytes(),
+        "bytes_before": before,
+        "laps": {name: at - start for (name, at), start in zip(laps, starts, strict=False)},
+        "kept": manifest.counts["unique"],
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(select(Path(sys.argv[1]), Problem(int(sys.argv[2]), int(sys.argv[3])))))

@@ -1,0 +1,52 @@
+"""In-shard keys as they lie in a Parquet file: made Python strings only where one asks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast, overload
+
+import numpy as np
+import pyarrow.compute as _compute  # pyright: ignore[reportMissingTypeStubs]
+from numpy.typing import NDArray
+
+from storage.parquet_files import arrow
+
+_functions: Any = _compute
+
+
+class KeyColumn(Sequence[str]):
+    """N in-shard keys, unique and not empty, for that was checked when the file was written.
+
+    Attributes:
+        values: the arrow array of strings.
+    """
+
+    def __init__(self, values: Any) -> None:
+        """Take an arrow array, chunked or not."""
+        is_chunked = isinstance(values, arrow.ChunkedArray)
+        self.values: Any = values.combine_chunks() if is_chunked else values
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "KeyColumn": ...
+    def __getitem__(self, index: int | slice) -> "str | KeyColumn":
+        """Return one key, or the column of some."""
+        if isinstance(index, slice):
+            return KeyColumn(self.values[index])
+        return cast("str", self.values[index].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys in their order."""
+        return iter(cast("list[str]", self.values.to_pylist()))
+
+    def of_rows(self, rows: NDArray[np.intp]) -> list[str]:
+        """Return the keys of some rows."""
+        return cast("list[str]", _functions.take(self.values, arrow.array(rows)).to_pylist())
+
+    def utf8_of_rows(self, rows: NDArray[np.intp]) -> list[bytes]:
+        """Return the keys of some rows as UTF-8."""
+        chosen = _functions.take(self.values, arrow.array(rows)).cast(arrow.binary())
+        return cast("list[bytes]", chosen.to_pylist())
