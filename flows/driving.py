@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import TerminationSignal
 
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
+from flows.guarding import guard_corpus
 from flows.labeling import label_corpus
 from flows.opening import OpenRun, refuse_without_room
 from flows.run_status import RunStatus, read_status, status_table, write_status_view
@@ -74,6 +75,7 @@ class RunDriver:
 
     run: OpenRun
     graph: RunGraph = field(init=False)
+    _is_guarded: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         given = self.run.pins.given_teacher
@@ -129,9 +131,34 @@ class RunDriver:
             ),
         )
 
+    def guard(self, round_index: int) -> None:
+        """Find copies of dev and test images in the corpus, once a run and if it is asked for."""
+        specification = self.graph.guard()
+        if specification is None or self._is_guarded:
+            return
+        title = f"round {round_index} · guard"
+        self._carry_out(
+            specification,
+            round_index,
+            "guard",
+            lambda: guard_corpus.with_options(flow_run_name=title)(
+                store=self.run.store.url,
+                corpus=self.graph.unlabeled,
+                dev=self.run.pins.dev,
+                test=self.run.pins.test,
+                config=self.run.config.selection.leak_guard,
+                max_bad_samples=self.run.config.max_bad_samples,
+                label=title,
+                artifact=self._artifact(round_index, "guard"),
+                return_state=True,
+            ),
+        )
+        self._is_guarded = True
+
     def select(self, teacher: ModelRef, round_index: int) -> None:
         """Select pseudo-labels from the teacher's predictions."""
         specification = self.graph.select(teacher, round_index)
+        guard = self.graph.guard()
         title = f"round {round_index} · select"
         self._carry_out(
             specification,
@@ -147,6 +174,7 @@ class RunDriver:
                 round_index=round_index,
                 label=title,
                 labeled=self.run.pins.labeled,
+                leaks=None if guard is None else guard.fingerprint,
                 return_state=True,
             ),
         )

@@ -15,8 +15,9 @@ from flows.starting_weights import (
 )
 from flows.trained_models import StudentConfig, TrainedTeacher
 from models.finetuning import FinetuneConfig
+from models.near_duplicates import LeakGuardNoneConfig, NearDuplicatesConfig
 from models.training import TrainingConfig
-from tasks import evaluation, labeling, selection
+from tasks import evaluation, guarding, labeling, selection
 from tasks.labeling_config import resolved_form
 from tasks.specifications import Specification
 from tasks.training_orders import FollowerRole, Needs, Role, baseline_config, needs_of
@@ -140,10 +141,10 @@ class RunGraph:
 
     @property
     def labels_dev(self) -> bool:
-        """Whether teachers label dev, too, because a calibration needs it."""
+        """Whether teachers label dev, too, because a calibration or a gate needs it."""
         config, num_classes = self.config, len(self.pins.class_names)
         is_calibrated = (
-            config.selection.calibration != "none"
+            config.selection.reads_validation
             or resolved_form(config.labeling, num_classes) == "top_k"
         )
         return is_calibrated and not config.labeling.is_clean()
@@ -157,13 +158,28 @@ class RunGraph:
         selection.check_calibration(self.config.selection.calibration, form)
         return labeling.specify(labeler=self.labeler(teacher), corpus=self.unlabeled)
 
+    def guard(self) -> Specification | None:
+        """Return the search for copies of dev and test images; None where nothing is guarded."""
+        config = self.config.selection.leak_guard
+        match config:
+            case LeakGuardNoneConfig():
+                return None
+            case NearDuplicatesConfig():
+                return guarding.specify(
+                    config, corpus=self.unlabeled, dev=self.pins.dev, test=self.pins.test
+                )
+            case _ as unreachable:
+                assert_never(unreachable)
+
     def select(self, teacher: ModelRef, round_index: int) -> Specification:
         """Return the selection of a round's pseudo-labels."""
+        guard = self.guard()
         return selection.specify(
             self.config.selection,
             labeling=self.label(teacher).fingerprint,
             validation=self.calibration(teacher).fingerprint,
             labeled=self.pins.labeled,
+            leaks=None if guard is None else guard.fingerprint,
             seed=self.config.seed,
             round_index=round_index,
         )

@@ -14,6 +14,7 @@ from storage.manifest import read_provenance
 from storage.runs import UnknownRun
 from storage.store import Store
 from tasks.classifiers import read_description
+from tasks.guarding import BYTES_PER_DESCRIPTOR, SPLITS, shards_to_search
 from tasks.labeling import shards_to_label
 from tasks.labeling_config import resolved_form
 from tasks.shard_openers import bytes_of_targets
@@ -36,7 +37,7 @@ class PlannedStage:
         assumed: it depends on a promotion that has not happened yet.
         state: reused, partial (goes on from what is there) or to_do.
         samples: images it reads, repetitions counted for training.
-        shards_done: shards already labelled, None for other stages.
+        shards_done: shards already labelled or searched, None for other stages.
         shards: shards in all, None for other stages.
         estimated_seconds: 0 where it is reused; else from the rate of finished stages of this run
             that are like it, None where there is none.
@@ -113,6 +114,8 @@ class _Planner:
             # last student is an assumption from round 2 on.
             assumed = round_index > 1
             if self.graph.needs(round_index).selection:
+                if not any(stage.kind == "guard" for stage in found):
+                    found += self._guard(round_index)
                 if self.graph.labels_dev:
                     specification = self.graph.calibration(teacher)
                     found.append(self._label(specification, round_index, assumed=assumed))
@@ -191,6 +194,33 @@ class _Planner:
             return None
         of_targets = bytes_of_targets(selection, len(self.pins.class_names))
         return SelectedItems(sum(selection.counts["items"].values()), sum(of_targets.values()))
+
+    def _guard(self, round_index: int) -> list[PlannedStage]:
+        """Return the search for leaks, where there is one: it depends on no teacher."""
+        guard = self.graph.guard()
+        if guard is None:
+            return []
+        corpus = load_corpus(self.store, self.graph.unlabeled)
+        missing = shards_to_search(self.store, guard)
+        planned = self._stage(
+            guard,
+            round_index,
+            corpus.num_samples,
+            assumed=False,
+            is_begun=len(missing) < len(corpus.shards),
+        )
+        splits = (load_corpus(self.store, guard.inputs[s]) for s in SPLITS if s in guard.inputs)
+        num_bytes = sum(split.num_bytes for split in splits)
+        planned = _reading(planned, read_once(num_bytes + sum(s.num_bytes for s in missing)))
+        num_missing = sum(shard.num_samples for shard in missing)
+        return [
+            replace(
+                planned,
+                shards_done=len(corpus.shards) - len(missing),
+                shards=len(corpus.shards),
+                estimated_bytes=num_missing * BYTES_PER_DESCRIPTOR,
+            )
+        ]
 
     def _label(
         self, specification: Specification, round_index: int, *, assumed: bool

@@ -5,8 +5,10 @@ from typing import Any
 from prefect import flow
 
 from flows.evaluation import evaluate_model
+from flows.guarding import guard_corpus
 from flows.labeling import label_corpus
 from flows.selection import select_pseudo_labels
+from models.near_duplicates import NearDuplicatesConfig
 from tasks.devices import DeviceChoice
 from tasks.labeling import LabelingConfig
 from tasks.selection_config import SelectionConfig
@@ -37,7 +39,8 @@ def pseudo_labels(
         labeling: how to label.
         selection: the rules; None: select nothing.
         label_dev: digest of the labelled split that calibrates the top_k form of predictions.
-        select_dev: digest of the labelled split that calibrates the selection.
+        select_dev: digest of the labelled split that the selection calibrates by, learns a gate
+            from, or guards against copies of.
         labeled: digest of the labelled corpus, for rules that read its class counts.
         seed: of the draws that round copies.
         device: where to compute.
@@ -82,6 +85,17 @@ def pseudo_labels(
     labels = label(corpus, labeling, None if label_dev is None else calibrations[label_dev])
     found = {"label": labels}
     if selection is not None:
+        leaks = None
+        if isinstance(selection.leak_guard, NearDuplicatesConfig):
+            assert select_dev is not None, "refused where the rules are checked"
+            guarded: Any = guard_corpus(
+                store=store,
+                corpus=corpus,
+                dev=select_dev,
+                config=selection.leak_guard,
+                max_bad_samples=max_bad_samples,
+            )
+            leaks = guarded["fingerprint"]
         selected: Any = select_pseudo_labels(
             store=store,
             labeling=labels,
@@ -90,6 +104,7 @@ def pseudo_labels(
             config=selection,
             seed=seed,
             labeled=labeled,
+            leaks=leaks,
         )
         found["select"] = selected["fingerprint"]
     return found

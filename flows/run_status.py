@@ -262,7 +262,7 @@ def _add_stage(
             summary = read_summary(store, manifest)
             target.pseudo_labels = {
                 name: summary[name] for name in ("kept", "unique", "precision", "coverage")
-            }
+            } | {name: summary["reasons"][name] for name in ("leaked", "out_of_domain")}
         case _:
             pass
 

@@ -11,8 +11,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from storage.corpus import load_corpus
 from storage.store import open_store
-from tasks import selection, selection_passes
+from tasks import gating, selection, selection_passes
 from tasks.calibrating import finished_calibration
+from tasks.gating import close_gates
 from tasks.progress import Progress, report
 from tasks.selection_config import SelectionConfig
 from tasks.selection_passes import plan_selection
@@ -24,6 +25,7 @@ _SHARDS_PER_TASK = 32
 _MAX_TASKS_PER_PASS = 100
 
 _NAMES: dict[Any, str] = {
+    gating.sample_outputs: "sample-outputs",
     selection_passes.sum_probabilities: "sum-probabilities",
     selection_passes.count_thresholds: "count-for-thresholds",
     selection_passes.sum_moments: "sum-for-weights",
@@ -48,20 +50,23 @@ def select_pseudo_labels(
     round_index: int = 1,
     label: str = "select",
     labeled: str | None = None,
+    leaks: str | None = None,
 ) -> Reference | State:
-    """Calibrate, debias, threshold, weight and balance the predictions of one labelling.
+    """Gate, calibrate, debias, threshold, weight and balance the predictions of one labelling.
 
     Args:
         store: URL of the store.
         labeling: fingerprint of the labelling.
-        validation: fingerprint of the same model's validation on dev, for the calibration; where
-            labels come from several predictions, of dev's labelling by the same labeler.
+        validation: fingerprint of the same model's validation on dev, for the calibration and the
+            out-of-domain gate; where labels come from several predictions, of dev's labelling by
+            the same labeler.
         class_names: label space.
         config: the rules.
         seed: of the draws that round copies.
         round_index: part of the draws' stream; rules that change by round go by it.
         label: name of the stage in progress reports.
         labeled: digest of the labelled corpus, for rules that read its class counts.
+        leaks: fingerprint of the leak guard, where the rules have one.
     """
     started = time.monotonic()
     opened = open_store(store)
@@ -71,6 +76,7 @@ def select_pseudo_labels(
         labeling=labeling,
         validation=validation,
         labeled=labeled,
+        leaks=leaks,
         seed=seed,
         round_index=round_index,
     )
@@ -78,10 +84,13 @@ def select_pseudo_labels(
     if there is not None:
         return there
     labels = finished_result(opened, "label", labeling)
-    dev = None
-    if config.calibration != "none":
+    dev = guard = None
+    if config.reads_validation:
         dev = finished_calibration(opened, validation)
-    inputs, facts = selection.calibrate(opened, specification, labels, dev, class_names=class_names)
+    if config.guards:
+        assert leaks is not None, "checked by specify"
+        guard = finished_result(opened, "guard", leaks)
+    inputs = selection.begin(opened, specification, labels)
     corpus = load_corpus(opened, inputs.corpus)
     stems = [shard.stem for shard in corpus.shards]
     size = max(_SHARDS_PER_TASK, -(-len(stems) // _MAX_TASKS_PER_PASS))
@@ -95,6 +104,10 @@ def select_pseudo_labels(
         while futures:  # what was merged is not kept: a histogram may be of megabytes
             yield futures.popleft().result()
 
+    inputs, gated = close_gates(opened, inputs, config, dev, guard, mapped)
+    inputs, calibrated = selection.calibrate(
+        opened, specification, inputs, dev, class_names=class_names
+    )
     planned = plan_selection(inputs, config, mapped)
     writing = [
         write_selections.submit(opened, specification, planned.inputs, group, config, planned.plan)
@@ -109,7 +122,8 @@ def select_pseudo_labels(
         labels,
         dev,
         config,
-        facts=facts | planned.facts,
+        guard=guard,
+        facts=gated | calibrated | planned.facts,
         class_names=class_names,
         seconds=time.monotonic() - started,
     )

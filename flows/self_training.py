@@ -47,6 +47,7 @@ def self_training(config: SelfTrainingConfig) -> dict[str, Any]:
         stop_reason, round_index = "max_rounds", 0
         for round_index in range(1, config.rounds + 1):
             if run.reads_stored_labels(round_index):
+                run.guard(round_index)
                 run.label(teacher, round_index)
                 run.select(teacher, round_index)
             student = run.train_student(teacher, round_index)

@@ -187,7 +187,8 @@ def select_alone(
     """
     index = read_labels(predictions)
     read_publication(out, "selection")
-    if dev is not None and config.calibration == "none":
+    reads_dev = config.reads_validation or config.guards
+    if dev is not None and not reads_dev:
         raise ConfigError(
             f"--dev {dev} has no effect with calibration: none. Leave one of them out"
         )
@@ -205,6 +206,11 @@ def select_alone(
             select_dev = _labeled_split(store, dev, "--dev")
         if labeled is not None:
             counted = _labeled_split(store, labeled, "--labeled")
+    if select_dev is None and (reads_dev and config.calibration == "none"):
+        raise ConfigError(
+            f"out_of_domain: {config.out_of_domain.kind} and leak_guard:"
+            f" {config.leak_guard.kind} read images that are not trained on: give them with --dev"
+        )
     found, _ = flows.running.run_flow(
         lambda: pseudo_labels(
             store=store.url,
@@ -214,7 +220,7 @@ def select_alone(
             labeling=LabelingConfig.model_validate(index["labeling_config"]),
             selection=config,
             label_dev=index["dev"],
-            select_dev=None if config.calibration == "none" else select_dev,
+            select_dev=select_dev if reads_dev else None,
             labeled=counted,
             seed=seed,
             device=device,

@@ -45,6 +45,7 @@ class Block(IntEnum):
     PATCH_GAUSSIAN = 10
     BALANCE = 64
     ORDER = 65
+    OUT_OF_DOMAIN = 80
 
 
 def hash64(text: str) -> int:

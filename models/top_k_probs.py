@@ -5,7 +5,7 @@ classes that are not listed. Labels, confidences and normalisers of such rows ha
 which no (N, C) array is made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -55,6 +55,15 @@ class TopKProbs:
             values - np.log(total)[:, None],
             rest / total,
             num_classes,
+        )
+
+    def only(self, chosen: NDArray[np.bool_]) -> "TopKProbs":
+        """Return the distributions of some rows, chosen by (N,) bool."""
+        return replace(
+            self,
+            class_ids=self.class_ids[chosen],
+            log_probs=self.log_probs[chosen],
+            rest_mass=self.rest_mass[chosen],
         )
 
     @property

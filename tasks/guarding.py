@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.near_duplicates import (
+    NUM_COEFFICIENTS,
     THUMBNAIL_SIZE,
     NearDuplicatesConfig,
     References,
@@ -51,6 +52,12 @@ VERSION = 1
 DESCRIPTOR_VERSION = 1
 RECORD_SCHEMA = 1
 SPLITS = ("dev", "test")
+BYTES_PER_DESCRIPTOR = 2 * NUM_COEFFICIENTS + 20
+"""About: half floats and a key; for estimates."""
+
+
+class GuardStopped(Exception):
+    """A guard was asked to stop; every shard that was searched is recorded."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tasks.guarding import GuardStopped
 from tasks.label_processes import LabelWorkerLost
 from tasks.labeling import LabelingStopped
 from tasks.launching import TrainingNotSeen
@@ -20,13 +21,14 @@ GPU_LEASE_SECONDS = 60
 
 # What the user's input or the computation itself causes comes back on every try.
 _NEVER = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
+_STOPPED = (TrainingStopped, LabelingStopped, GuardStopped)
 
 
 def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when run again; for `retry_condition_fn`."""
     try:
         state.result()
-    except (*_NEVER, TrainingStopped, TrainingNotSeen, LabelingStopped, LabelWorkerLost):
+    except (*_NEVER, *_STOPPED, TrainingNotSeen, LabelWorkerLost):
         return False
     except Exception:
         pass  # whatever else it was, it may have been the machine

@@ -1,8 +1,9 @@
 """Select pseudo-labels: calibrate, plan over the corpus, write; one Parquet per shard.
 
-The order is fixed (calibrate -> debias -> threshold -> weight -> balance -> write) and asserted by
-`SelectionInputs`: a threshold is a statement about probabilities, and what is dropped must not
-count in a quota. What lies between calibrating and writing is in `tasks/selection_passes.py`.
+The order is fixed (gate -> calibrate -> debias -> threshold -> weight -> balance -> write) and
+asserted by `SelectionInputs`: a threshold is a statement about probabilities, and what is dropped
+must not count in a mean, a threshold or a quota. The gates are in `tasks/gating.py`, what lies
+between calibrating and writing in `tasks/selection_passes.py`.
 """
 
 import json
@@ -62,6 +63,7 @@ def specify(
     labeling: str,
     validation: str,
     labeled: str | None = None,
+    leaks: str | None = None,
     seed: int,
     round_index: int,
 ) -> Specification:
@@ -71,14 +73,22 @@ def specify(
         config: the rules.
         labeling: fingerprint of the labelling.
         validation: fingerprint of what predicted dev as the labels are predicted; an input where
-            confidences are calibrated.
+            confidences are calibrated, or where the dev split says what is in domain.
         labeled: digest of the labelled corpus; an input where a rule reads its class counts.
+        leaks: fingerprint of the leak guard; an input where there is one.
         seed: of the run.
         round_index: of the selection.
     """
     inputs = {"labeling": labeling}
-    if config.calibration != "none":
+    if config.reads_validation:
         inputs["validation"] = validation
+    if config.guards:
+        if leaks is None:
+            raise ValueError(
+                f"selection with leak_guard={config.leak_guard.kind} reads what the guard found,"
+                " but no guard is given"
+            )
+        inputs["leaks"] = leaks
     if config.reads_labeled_counts:
         if labeled is None:
             raise ValueError(
@@ -90,36 +100,44 @@ def specify(
     return Specification("select", VERSION, settings, inputs)
 
 
+def begin(store: Store, specification: Specification, labeling: Manifest) -> SelectionInputs:
+    """Return what every step starts from; raises ValueError where predictions are missing."""
+    corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
+    labeler = labeling.inputs["labeler"].fingerprint
+    shards = _prediction_references(store, labeler, corpus)
+    settings = specification.settings
+    return SelectionInputs(
+        corpus.digest,
+        labeler,
+        shards[corpus.shards[0].stem].num_classes,
+        Calibration(),
+        stream=derive_seed(settings["seed"], settings["round_index"], "select"),
+        round_index=settings["round_index"],
+        shards=shards,
+    )
+
+
 def calibrate(
     store: Store,
     specification: Specification,
-    labeling: Manifest,
+    inputs: SelectionInputs,
     validation: Manifest | None,
     *,
     class_names: Sequence[str],
 ) -> tuple[SelectionInputs, dict[str, Any]]:
     """Fit the calibration on the dev predictions; return it with ECE before and after."""
-    corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
-    labeler = labeling.inputs["labeler"].fingerprint
-    first = prediction_record(store, labeler, corpus.shards[0].digest)
+    inputs.assert_next("calibrate")
+    corpus = load_corpus(store, inputs.corpus)
+    first = prediction_record(store, inputs.labeler, corpus.shards[0].digest)
     kind = specification.settings["selection"]["calibration"]
     check_calibration(kind, PredictionReference.of(first).form)
-    calibration, facts = _calibration(store, kind, validation, first["facts"].get("temperature"))
+    dev = None if kind == "none" else validation  # which a gate may have read
+    calibration, facts = _calibration(store, kind, dev, first["facts"].get("temperature"))
     counts = None
     if "labeled" in specification.inputs:
         counts = _labeled_counts(store, specification.inputs["labeled"], class_names)
         facts["labeled_counts"] = counts.tolist()
-    settings = specification.settings
-    inputs = SelectionInputs(
-        corpus.digest,
-        labeler,
-        first["num_classes"],
-        calibration,
-        stream=derive_seed(settings["seed"], settings["round_index"], "select"),
-        round_index=settings["round_index"],
-    )
-    shards = _prediction_references(store, labeler, corpus)
-    return inputs.after("calibrate", labeled_counts=counts, shards=shards), facts
+    return inputs.after("calibrate", calibration=calibration, labeled_counts=counts), facts
 
 
 def check_calibration(kind: str, form: Form) -> None:
@@ -225,6 +243,7 @@ def finish(
     validation: Manifest | None,
     config: SelectionConfig,
     *,
+    guard: Manifest | None = None,
     facts: dict[str, Any],
     class_names: Sequence[str],
     seconds: float,
@@ -258,6 +277,8 @@ def finish(
     inputs = {"labeling": InputReference(labeling.fingerprint, labeling.sha256)}
     if validation is not None:
         inputs["validation"] = InputReference(validation.fingerprint, validation.sha256)
+    if guard is not None:
+        inputs["leaks"] = InputReference(guard.fingerprint, guard.sha256)
     if "labeled" in specification.inputs:
         labeled = specification.inputs["labeled"]
         inputs["labeled"] = InputReference(labeled, labeled)
@@ -311,6 +332,8 @@ def _select(
         ),
     )
     reason[passing] = np.where(copies[passing] > 0, Reason.KEPT, Reason.OVER_QUOTA)
+    if rows.turned_down is not None:
+        reason = np.where(rows.turned_down == Reason.KEPT, reason, rows.turned_down)
     assert rows.keys is not None, "read to write"
     log_probs = class_ids = rest_mass = None
     if config.target == "soft":

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.balancing import BalanceConfig, NsBinnedConfig, reads_labeled_counts
 from models.debiasing import DebiasConfig, DebiasNoneConfig, reads_labeled_prior
+from models.near_duplicates import LeakGuardConfig, LeakGuardNoneConfig
+from models.out_of_domain import OutOfDomainConfig, OutOfDomainNoneConfig, reads_dev
 from models.thresholds import (
     AgreementThresholdConfig,
     FixedThresholdConfig,
@@ -25,6 +27,18 @@ class SelectionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    leak_guard: LeakGuardConfig = Field(
+        default=LeakGuardNoneConfig(),
+        description="Whether images of the corpus that are copies of dev or test images are looked"
+        " for and left out, before anything is counted.",
+        json_schema_extra={"absent_means": {"kind": "none"}},
+    )
+    out_of_domain: OutOfDomainConfig = Field(
+        default=OutOfDomainNoneConfig(),
+        description="Which images are taken to show none of the classes and left out, before"
+        " anything is calibrated or counted.",
+        json_schema_extra={"absent_means": {"kind": "none"}},
+    )
     calibration: Literal["temperature", "vector", "none"] = Field(
         default="temperature",
         description="temperature: one number fitted on the dev split, applied to confidences"
@@ -95,6 +109,16 @@ class SelectionConfig(BaseModel):
         if isinstance(self.weighting, AgreementWeightConfig):
             return f"weighting={self.weighting.kind}"
         return None
+
+    @property
+    def reads_validation(self) -> bool:
+        """Whether the predictions on the dev split enter."""
+        return self.calibration != "none" or reads_dev(self.out_of_domain)
+
+    @property
+    def guards(self) -> bool:
+        """Whether copies of dev and test images are looked for."""
+        return not isinstance(self.leak_guard, LeakGuardNoneConfig)
 
     @property
     def reads_labeled_counts(self) -> bool:

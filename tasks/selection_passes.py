@@ -129,12 +129,13 @@ def sum_probabilities(
     for stem in stems:
         record = prediction_record(store, inputs.labeler, corpus.shard(stem).digest)
         sums = probability_sums(record)
-        if sums is not None:  # of the whole distributions, before they were cut
-            total += sums
-        else:
-            for _, found in Rows.read(store, inputs, stem).blocks():
-                total += exact_sum(dense_probs(found))
-        num_rows += record["num_samples"]
+        if sums is not None and not inputs.gates.judges(stem):
+            # Of the whole distributions, before they were cut.
+            total, num_rows = total + sums, num_rows + record["num_samples"]
+            continue
+        for _, found in Rows.read(store, inputs, stem).admitted_blocks():
+            probs = dense_probs(found)
+            total, num_rows = total + exact_sum(probs), num_rows + len(probs)
     return total, num_rows
 
 
@@ -145,7 +146,7 @@ def count_thresholds(
     config: SelectionConfig,
     search: ThresholdSearch,
 ) -> NDArray[np.int64]:
-    """Map: what a threshold rule counts of all rows."""
+    """Map: what a threshold rule counts of all admitted rows."""
     inputs.assert_next("threshold")
     return reduce(np.add, (_counted(search, Rows.read(store, inputs, stem)) for stem in stems))
 
@@ -157,11 +158,11 @@ def sum_moments(
     config: SelectionConfig,
     aligning: NDArray[np.float64],
 ) -> NDArray[np.int64]:
-    """Map: the exact sums of aligned confidences and of their squares, of all rows."""
+    """Map: the exact sums of aligned confidences and of their squares, of admitted rows."""
     inputs.assert_next("weight")
     total = np.zeros((2, 2), dtype=np.int64)
     for stem in stems:
-        for _, found in Rows.read(store, inputs, stem).blocks():
+        for _, found in Rows.read(store, inputs, stem).admitted_blocks():
             total += moment_sums(found, aligning)
     return total
 
@@ -228,9 +229,12 @@ def _pooled(
 
 def _counted(search: ThresholdSearch, rows: Rows) -> NDArray[np.int64]:
     if not isinstance(search.state, FreeMatchConfig):
-        return count_for_thresholds(search, rows.labels, rows.confidences, _not_asked)
+        admitted = rows.admitted
+        return count_for_thresholds(
+            search, rows.labels[admitted], rows.confidences[admitted], _not_asked
+        )
     total = np.zeros((2, search.num_classes + 2), dtype=np.int64)
-    for block, found in rows.blocks():
+    for block, found in rows.admitted_blocks():
         total += count_for_thresholds(
             search,
             rows.labels[block],

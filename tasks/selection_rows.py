@@ -15,10 +15,12 @@ from storage.key_columns import KeyColumn
 from storage.prediction_columns import PredictionColumns, PredictionReference
 from storage.predictions import Listed, read_record
 from storage.samples import sample_key
+from storage.selections import Reason
 from storage.store import Store
 from tasks.distributions import Calibration, Distributions
+from tasks.selection_gates import NO_GATES, Gates, outputs_of
 
-Step = Literal["calibrate", "debias", "threshold", "weight", "balance", "write"]
+Step = Literal["gate", "calibrate", "debias", "threshold", "weight", "balance", "write"]
 STEPS: tuple[Step, ...] = get_args(Step)
 """The order of selection: what is dropped must not count in what comes after it."""
 
@@ -38,6 +40,7 @@ class SelectionInputs:
         thresholds: of the classes.
         weighting: how rows are weighted.
         shards: stem -> where its predictions are.
+        gates: what is turned down before anything is counted.
         done: the steps so far, in their order.
     """
 
@@ -51,6 +54,7 @@ class SelectionInputs:
     thresholds: FinishedThresholds | None = None
     weighting: FinishedWeighting | None = None
     shards: Mapping[str, PredictionReference] = field(default_factory=dict, repr=False)
+    gates: Gates = NO_GATES
     done: tuple[Step, ...] = ()
 
     def after(self, step: Step, **found: Any) -> "SelectionInputs":
@@ -81,6 +85,7 @@ class Rows:
             everything has been decided.
         uncertainty: (N,) float32, where it is stored.
         agreement: (N,) float32, where it is stored.
+        turned_down: (N,) int8, the reason of a gate, KEPT where there is none; None for no row.
     """
 
     stem: str
@@ -92,6 +97,7 @@ class Rows:
     true_labels: NDArray[np.int32] | None = None
     uncertainty: NDArray[np.float32] | None = None
     agreement: NDArray[np.float32] | None = None
+    turned_down: NDArray[np.int8] | None = None
 
     @classmethod
     def read(
@@ -125,6 +131,11 @@ class Rows:
             labels, confidences = calibration.labels_and_confidences(
                 labels, confidences, *columns.probabilities()
             )
+        turned_down = inputs.gates.reasons(
+            stem,
+            keys=lambda: columns.read(["key"])["key"],
+            outputs=lambda: outputs_of(columns),
+        )
         return cls(
             stem,
             labels,
@@ -135,6 +146,7 @@ class Rows:
             found.get("true_label"),
             found.get("uncertainty"),
             found.get("agreement"),
+            turned_down,
         )
 
     @property
@@ -158,16 +170,34 @@ class Rows:
         """Yield the calibrated and debiased distributions, a few rows at a time."""
         return self.calibration.blocks(*self.columns.probabilities())
 
+    @property
+    def admitted(self) -> NDArray[np.intp] | slice:
+        """The rows that no gate turned down: all that may be counted."""
+        if self.turned_down is None:
+            return slice(None)
+        return np.flatnonzero(self.turned_down == Reason.KEPT)
+
+    def admitted_blocks(self) -> Iterator[tuple[NDArray[np.intp] | slice, Distributions]]:
+        """Yield row numbers and distributions of the admitted rows, a few at a time."""
+        for rows, found in self.blocks():
+            if self.turned_down is None:
+                yield rows, found
+                continue
+            is_in = self.turned_down[rows] == Reason.KEPT
+            some = found.only(is_in) if isinstance(found, TopKProbs) else found[is_in]
+            yield rows.start + np.flatnonzero(is_in), some
+
     def passes(self, inputs: SelectionInputs) -> NDArray[np.bool_]:
-        """Return which rows reach the threshold, (N,)."""
+        """Return which rows are admitted and reach the threshold, (N,)."""
         assert inputs.thresholds is not None, "the threshold comes before"
-        return reaches_thresholds(
+        passes = reaches_thresholds(
             inputs.thresholds,
             self.labels,
             self.confidences,
             uncertainty=self.uncertainty,
             agreement=self.agreement,
         )
+        return passes if self.turned_down is None else passes & (self.turned_down == Reason.KEPT)
 
     def weights(self, weighting: FinishedWeighting) -> NDArray[np.float32]:
         """Return the weight of each row in the loss, (N,)."""

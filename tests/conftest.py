@@ -39,6 +39,7 @@ from storage.store import Store, open_store
 from tasks import evaluation, labeling, selection
 from tasks.classifiers import StoredClassifier, load_classifier
 from tasks.ensembles import Ensemble
+from tasks.gating import close_gates
 from tasks.selection import SelectionConfig
 from tasks.selection_passes import plan_selection
 from tasks.specifications import Specification
@@ -215,6 +216,7 @@ def run_selection(
     seed: int = 0,
     round_index: int = 1,
     labeled: str | None = None,
+    guard: Manifest | None = None,
     groups: Sequence[Sequence[str]] | None = None,
     only_write: Sequence[str] | None = None,
 ) -> Manifest:
@@ -227,11 +229,9 @@ def run_selection(
         labeling=labels.fingerprint,
         validation="none" if validation is None else validation.fingerprint,
         labeled=labeled,
+        leaks=None if guard is None else guard.fingerprint,
         seed=seed,
         round_index=round_index,
-    )
-    inputs, facts = selection.calibrate(
-        store, specification, labels, validation, class_names=class_names
     )
     if groups is None:
         groups = [list(labels.counts["shards"])]
@@ -239,6 +239,11 @@ def run_selection(
     def mapped(one_pass: Any, inputs: Any, config: SelectionConfig, *more: Any) -> list[Any]:
         return [one_pass(store, inputs, group, config, *more) for group in groups]
 
+    inputs = selection.begin(store, specification, labels)
+    inputs, gated = close_gates(store, inputs, config, validation, guard, mapped)
+    inputs, calibrated = selection.calibrate(
+        store, specification, inputs, validation, class_names=class_names
+    )
     planned = plan_selection(inputs, config, mapped)
     for group in groups if only_write is None else [only_write]:
         selection.write_selections(
@@ -250,7 +255,8 @@ def run_selection(
         labels,
         validation,
         config,
-        facts=facts | planned.facts,
+        guard=guard,
+        facts=gated | calibrated | planned.facts,
         class_names=class_names,
         seconds=0.0,
     )
@@ -489,6 +495,9 @@ def fingerprints_of() -> Callable[[RunGraph], dict[str, str]]:
                 stages[full] = training.specification.fingerprint
             return model_of(trainings)
 
+        guard = graph.guard() if graph.config.rounds and graph.needs(1).selection else None
+        if guard is not None:
+            stages["1 guard"] = guard.fingerprint
         model = graph.first_model()
         stages["0 teacher"] = model.fingerprint
         if graph.teacher():

@@ -32,7 +32,10 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
     shutil.rmtree(Path(store.url) / "selections", ignore_errors=True)
     before, cpu, started = peak_bytes(), cpu_seconds(), time.monotonic()
     labels = finished_result(store, "label", fingerprint)
-    inputs, facts = selection.calibrate(store, specification, labels, None, class_names=CLASS_NAMES)
+    inputs = selection.begin(store, specification, labels)
+    inputs, facts = selection.calibrate(
+        store, specification, inputs.after("gate"), None, class_names=CLASS_NAMES
+    )
     stems = [shard.stem for shard in load_corpus(store, inputs.corpus).shards]
     groups = [
         stems[start : start + SHARDS_PER_GROUP] for start in range(0, len(stems), SHARDS_PER_GROUP)

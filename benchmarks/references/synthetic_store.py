@@ -19,6 +19,7 @@ from storage.patterns import expand_shards
 from storage.predictions import Predictions, write_predictions
 from storage.store import Store, open_store
 from tasks import labeling, selection
+from tasks.gating import close_gates
 from tasks.selection import SelectionConfig
 from tasks.selection_passes import plan_selection
 from tasks.training_orders import TrainingOrder, place_order, specify
@@ -121,12 +122,14 @@ def _select_all(store: Store, labels: Manifest) -> Manifest:
     specification = selection.specify(
         config, labeling=labels.fingerprint, validation="none", seed=0, round_index=1
     )
-    inputs, facts = selection.calibrate(store, specification, labels, None, class_names=CLASS_NAMES)
     stems = list(labels.counts["shards"])
 
     def mapped(one_pass: Any, inputs: Any, config: SelectionConfig, *more: Any) -> list[Any]:
         return [one_pass(store, inputs, stems, config, *more)]
 
+    inputs = selection.begin(store, specification, labels)
+    inputs, _ = close_gates(store, inputs, config, None, None, mapped)
+    inputs, facts = selection.calibrate(store, specification, inputs, None, class_names=CLASS_NAMES)
     planned = plan_selection(inputs, config, mapped)
     selection.write_selections(store, specification, planned.inputs, stems, config, planned.plan)
     return selection.finish(

@@ -12,7 +12,9 @@ from models.noise import NoiseConfig
 from models.thresholds import FixedThresholdConfig
 from storage.corpus import EmptyCorpus, load_corpus, load_locations, read_samples, save_corpus
 from storage.exclusion import exclude
+from storage.manifest import read_stored
 from storage.predictions import read_predictions, read_record
+from storage.selections import from_parquet
 from tasks.batches import TrainingBatches
 from tasks.images import clean_view, decode_image
 from tasks.selection import SelectionConfig
@@ -116,6 +118,12 @@ def test_excluded_samples_are_neither_labelled_nor_trained_on(lab):
         assert len(keys) == shard.num_samples
 
     selection = own.run_selection(own.store, labeling, None, KEEP_ALL, class_names=own.class_names)
+    assert selection.counts["samples"] == sum(selection.counts["items"].values()) == 48
+    for shard in own.unlabeled.shards:
+        chosen = from_parquet(
+            read_stored(own.store, selection.object(shard.digest)), num_samples=shard.num_samples
+        )
+        assert not GONE & {f"{shard.stem}/{key}" for key in chosen.keys}
     batches = TrainingBatches(
         own.store,
         own.config(unlabeled_ratio=2, noise=NoiseConfig(horizontal_flip=False)),

@@ -378,10 +378,13 @@ def test_steps_out_of_order_are_refused(lab):
     specification = selection.specify(
         chosen, labeling=labels.fingerprint, validation="none", seed=0, round_index=1
     )
+    begun = selection.begin(lab.store, specification, labels)
+    with pytest.raises(AssertionError, match="calibrate comes after"):
+        selection.calibrate(lab.store, specification, begun, None, class_names=lab.class_names)
     inputs, _ = selection.calibrate(
-        lab.store, specification, labels, None, class_names=lab.class_names
+        lab.store, specification, begun.after("gate"), None, class_names=lab.class_names
     )
-    assert inputs.done == ("calibrate",)
+    assert inputs.done == ("gate", "calibrate")
     with pytest.raises(AssertionError, match="balance comes after"):
         selection_passes.count_confidences(lab.store, inputs, ["a"], chosen)
     with pytest.raises(AssertionError, match="threshold comes after"):
@@ -390,7 +393,7 @@ def test_steps_out_of_order_are_refused(lab):
         inputs.after("debias").after("debias")
     with pytest.raises(AssertionError, match="write comes after"):
         selection.write_selections(lab.store, specification, inputs, ["a"], chosen, None)  # pyright: ignore[reportArgumentType]
-    assert STEPS == ("calibrate", "debias", "threshold", "weight", "balance", "write")
+    assert STEPS == ("gate", "calibrate", "debias", "threshold", "weight", "balance", "write")
 
 
 # ------------------------------------------------------------------------------- fingerprints
