@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter
 
@@ -64,12 +65,19 @@ def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
     """
     store = open_store(job.store)
     ensemble = _ensemble(job)
+
+    def predict(batch_size: int) -> object:
+        side = ensemble.largest_view
+        views = ensemble.views(np.zeros((side, side, 3), np.uint8), shard=job.corpus, key="")
+        return ensemble.predict([views] * batch_size, shard=job.corpus, batch=0)
+
     batch_size = labeling.resolve_batch_size(
         store,
         job.labeler,
         job.config,
         image_size=ensemble.largest_view,
         device=ensemble.device,
+        predict=predict,
     )
     yield from labeling.label_shards(
         store,

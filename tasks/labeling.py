@@ -1,11 +1,10 @@
 """Label a corpus: one Parquet of predictions per shard, addressed by labeler and shard content."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 from storage.addresses import (
@@ -18,6 +17,7 @@ from storage.addresses import (
 from storage.corpus import Corpus, Shard, load_corpus, load_locations, read_samples
 from storage.damaged_predictions import Verification, read_whole_record
 from storage.manifest import InputReference, Manifest, commit_manifest, create_record
+from storage.manifest import read_record as read_stored_record
 from storage.predictions import (
     SCHEMA_VERSION,
     TOP_K_VERSION,
@@ -28,6 +28,7 @@ from storage.predictions import (
 from storage.samples import in_shard_key, sample_key
 from storage.store import Store
 from tasks import provenance
+from tasks.batch_sizes import find_batch_size
 from tasks.ensembles import Ensemble
 from tasks.images import CONVERSION
 from tasks.labeling_config import LabelingConfig, resolved_form
@@ -38,8 +39,6 @@ from tasks.specifications import Specification
 
 VERSION = 1
 LABELER_VERSION = 2
-
-_IMAGE_BYTES_PER_BATCH = 256 * 2**20
 
 _log = logging.getLogger(__name__)
 
@@ -111,16 +110,27 @@ def resolve_batch_size(
     *,
     image_size: int,
     device: torch.device,
+    predict: Callable[[int], object] | None = None,
 ) -> int:
-    """Return the batch size of this labeler: the first to ask decides, and it is written down."""
-    wanted = config.batch_size
-    if wanted == "auto":
-        # Every image stands for about 50 copies of itself in activations; the cap keeps batches
-        # at a size beyond which neither CPUs nor GPUs gain.
-        fits = _IMAGE_BYTES_PER_BATCH // (image_size * image_size * 3 * 50)
-        wanted = int(np.clip(fits, 8, 1024 if device.type == "cuda" else 128))
-    body = {"schema": 1, "labeler": labeler, "batch_size": wanted}
-    there = create_record(store, f"{prediction_folder(labeler)}/resolved.json", body)["batch_size"]
+    """Return the batch size of this labeler: the first to ask decides, and it is written down.
+
+    Args:
+        store: where it is written down.
+        labeler: address of the predictions.
+        config: with the size that is asked for, or `auto`.
+        image_size: side of the largest view.
+        device: where to compute.
+        predict: computes a batch of so many images, to find out what fits on a GPU.
+    """
+    path = f"{prediction_folder(labeler)}/resolved.json"
+    resolved = read_stored_record(store, path)
+    if resolved is None:
+        wanted = config.batch_size
+        if wanted == "auto":
+            wanted = find_batch_size(image_size, device, predict)
+        body = {"schema": 1, "labeler": labeler, "batch_size": wanted}
+        resolved = create_record(store, path, body)
+    there = resolved["batch_size"]
     if config.batch_size not in ("auto", there):
         _log.warning(
             "labeling.batch_size=%d has no effect: labeler %s began with %d, and all its shards are"

@@ -73,7 +73,7 @@ def stage_decoding(store_url: str, digest: str, stems: list[str], *, is_warmup: 
 
     def read(shard: Shard) -> OpenShard:
         samples = read_samples(corpus, locations, shard.stem)
-        return OpenShard(samples, BadSampleBudget(shard.stem, 0))
+        return OpenShard(shard.digest, samples, BadSampleBudget(shard.stem, 0))
 
     count = 0
     for batch in decoded_batches(

@@ -438,11 +438,10 @@ def test_the_first_batch_size_of_a_labeler_holds_for_all_later_ones(lab, caplog)
     def resolve(config, image_size):
         return resolve_batch_size(lab.store, labeler, config, image_size=image_size, device=CPU)
 
-    # 256 MiB / (224 * 224 * 3 * 50 bytes) = 35.67.
-    assert resolve(config, 224) == 35
-    assert resolve(LabelingConfig(batch_size=35), 224) == 35
+    assert resolve(config, 224) == 16
+    assert resolve(LabelingConfig(batch_size=16), 224) == 16
     assert caplog.text == ""
-    assert resolve(LabelingConfig(batch_size=7), 224) == 35
-    assert "labeling.batch_size=7 has no effect: labeler cccccccccccc began with 35" in caplog.text
+    assert resolve(LabelingConfig(batch_size=7), 224) == 16
+    assert "labeling.batch_size=7 has no effect: labeler cccccccccccc began with 16" in caplog.text
     assert resolve_batch_size(lab.store, "d" * 64, config, image_size=8, device=CPU) == 128
     assert resolve_batch_size(lab.store, "e" * 64, config, image_size=1024, device=CPU) == 8
