@@ -106,7 +106,7 @@ class WorkerProcesses:
         self._forking = ThreadPoolExecutor(1, thread_name_prefix="fork-label-workers")
 
     def label(self, job: LabelJob, stems: Sequence[str], on_shard: OnShard) -> None:
-        """Have a free worker label a group; a worker that dies is replaced and sent the rest.
+        """Have a free worker label a group; a worker that dies is replaced and sent it again.
 
         Raises: LabelWorkerLost, LabelingRefused, LabelingFailed; LabelingStopped after `stop`.
         """
@@ -121,10 +121,14 @@ class WorkerProcesses:
         while True:
             worker = self._worker(slot)
             last: dict[str, Any] = {}
+            num_answers = 0
             try:
-                for last in worker.label(job, stems[num_done:]):
-                    if "done" in last:
-                        num_done, deaths = num_done + 1, 0
+                # The whole group each time: shards that are recorded are passed over, and come
+                # first, whatever their place.
+                for last in worker.label(job, stems):
+                    num_answers += "done" in last
+                    if num_answers > num_done:
+                        num_done, deaths = num_answers, 0
                         on_shard(last["done"])
             except BaseException:
                 worker.end(0)  # or its answers would be taken for those to the next group
@@ -149,10 +153,10 @@ class WorkerProcesses:
             if self._stopping.is_set():
                 raise LabelingStopped(f"stopped after {num_done} shards of this group")
             if deaths == DEATHS_AT_ONE_SHARD:
-                # An answer may have been lost with the worker, so it may be the shard after.
+                # Its answer may have been lost with the worker, and the next shards are read ahead.
                 raise LabelWorkerLost(
-                    f"{deaths} worker processes in a row died at shard {stems[num_done]} or the"
-                    f" one after it, the last {how}. If the machine is out of memory, set"
+                    f"{deaths} worker processes in a row died at shard {stems[num_done]} or soon"
+                    f" after it, the last {how}. If the machine is out of memory, set"
                     " engine.processes or labeling.batch_size lower; what is labelled is kept, and"
                     f" the next run goes on there\n--- end of its output ---\n"
                     f"{worker.end_of_output()}"

@@ -23,8 +23,6 @@ from storage.corpus import Shard
 from tasks.label_processes import LabelWorkerLost, ThisProcess, WorkerProcesses
 from tasks.labeling_config import LabelingConfig
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
-
 
 def cluster(engine: Any, name: str) -> Any:
     """A parameter that is skipped where the engine is not installed; starting one takes long."""
@@ -43,8 +41,8 @@ ENGINES = [
 
 
 @pytest.fixture
-def taught(pipeline: Any, lab: Any) -> Any:
-    """This test's store with the pipeline's teacher in it."""
+def taught(pipeline: Any, lab: Any, prefect_api: str) -> Any:
+    """This test's store with the pipeline's teacher in it, and a server for its flows."""
     model = f"models/{pipeline.teacher.fingerprint}"
     shutil.copytree(Path(pipeline.lab.store.url) / model, Path(lab.store.url) / model)
     return lab
