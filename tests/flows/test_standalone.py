@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from models.description import load_model
+from storage.objects import read_object
 from tasks import labeling
 from tasks.images import clean_view, decode_image
 from tasks.prediction import export_model
@@ -129,6 +130,18 @@ def test_files_without_log_probs_hold_scalars_alone(world: World) -> None:
     ]
     refused = _invoke("label", world.model, world.corpus, world.labels, expect=2)
     assert "log_probs is False there, True asked for" in refused.stderr
+
+
+def test_both_folders_may_be_urls(world: World) -> None:
+    world.labels, world.out = "memory://standalone/labels", "memory://standalone/out"
+    world.label(f"--store={world.folder / 'store'}")
+    answer = world.select("--confidence=0")
+    assert answer["out"] == world.out
+    rows = 0
+    for part in json.loads(read_object(f"{world.out}/index.json"))["parts"]:
+        data = pyarrow.BufferReader(read_object(f"{world.out}/{part['file']}"))
+        rows += pyarrow.parquet.read_table(data).num_rows
+    assert rows == answer["unique"] == 40
 
 
 def test_an_exported_model_is_its_own_in_the_store_that_it_came_from(world: World) -> None:
