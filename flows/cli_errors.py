@@ -19,7 +19,13 @@ _WRONG_USAGE = {
     *("ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"),
     *("UnknownSample", "OutputMismatch"),
 }
-_STOPPED = {"StoppedOnRequest", "TrainingStopped", "LabelingStopped", "TerminationSignal"}
+_STOPPED = {
+    "StoppedOnRequest",
+    "TrainingStopped",
+    "LabelingStopped",
+    "GuardStopped",
+    "TerminationSignal",
+}
 
 
 def reporting_errors(command: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -13,8 +13,8 @@ from storage.corpus import load_corpus
 from storage.store import Store, open_store
 from tasks import guarding
 from tasks.guarding import GuardStopped, SplitImages
-from tasks.labeling import group_shards
 from tasks.live_progress import LiveProgress
+from tasks.shard_groups import group_shards
 from tasks.specifications import Specification
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
@@ -66,7 +66,7 @@ def guard_corpus(
     images = guarding.read_split_images(opened, specification, max_bad_samples=max_bad_samples)
     _stopping.clear()
     futures = []
-    for group in group_shards(missing, "auto"):
+    for group in group_shards(missing, "auto", num_workers=1):
         futures.append(
             search_group.with_options(task_run_name=f"{group[0].stem} + {len(group) - 1}").submit(
                 opened,

@@ -23,6 +23,7 @@ from flows.server import PrefectServer, prefect_server, wait_until_recorded
 from flows.terminal import err, showing_progress
 from storage.runs import read_events
 from storage.store import open_store
+from tasks.guarding import GuardStopped
 from tasks.labeling import LabelingStopped
 from tasks.training import TrainingStopped
 
@@ -88,7 +89,7 @@ def _result_of(state: State, go_on: str) -> Any:
     """Return what a flow returned, or raise what made it fail."""
     try:
         return state.result()
-    except (TrainingStopped, LabelingStopped) as error:
+    except (TrainingStopped, LabelingStopped, GuardStopped) as error:
         # A worker or a group of shards was stopped by somebody else, such as a batch system.
         raise StoppedOnRequest(f"{error}; go on with: {go_on}") from error
 
