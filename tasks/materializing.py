@@ -146,7 +146,7 @@ def _write_compact(
         return None
     chosen = read_chosen(store, selection, labeling, shard)
     by_key = {sample.key: sample for sample in reader.samples(index)[0]}
-    keys = [sample_key(shard.stem, chosen.keys[row]) for row in np.flatnonzero(chosen.kept)]
+    keys = [sample_key(shard.stem, chosen.keys[int(row)]) for row in np.flatnonzero(chosen.kept)]
     data = compact_shard([by_key[key] for key in keys], shard.stem)
     return put_object(store, specification.folder, shard.digest, data, "tar", crash_kind=KIND)
 

@@ -201,7 +201,7 @@ def selected_opener(reader: ShardReader, data: SelectedData, budget_of: BudgetOf
         shard = reader.corpus.shards[index]
         chosen = read_chosen(store, data.selection, data.labeling, shard)
         kept = np.flatnonzero(chosen.kept)
-        in_shard = [chosen.keys[row] for row in kept]
+        in_shard = [chosen.keys[int(row)] for row in kept]
         if data.compact is None:
             every, is_mapped = reader.samples(index)
         else:

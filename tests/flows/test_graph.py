@@ -31,7 +31,7 @@ VALIDATES = {name for name in ALL if name.endswith(" validate")}
 PROMOTES = {"1 promote", "2 promote"}
 
 
-def graph(pins=PINS, **changes):
+def graph(pins: Pins = PINS, **changes: Any) -> RunGraph:
     document = {
         "name": "tiny",
         "rounds": 2,
@@ -106,7 +106,7 @@ def test_a_setting_changes_the_stages_behind_it(changed, changes, expected):
     assert changed(graph(), graph(**changes)) == expected
 
 
-HFLIP = {"labeling": {"view": {"kind": "hflip"}}}
+HFLIP: dict[str, Any] = {"labeling": {"view": {"kind": "hflip"}}}
 
 
 def test_labels_are_calibrated_by_predictions_of_dev_that_are_made_alike():
@@ -125,10 +125,10 @@ def test_labels_are_calibrated_by_predictions_of_dev_that_are_made_alike():
 def test_dev_is_labelled_where_something_is_calibrated_by_it():
     assert not graph(**HFLIP, selection={"calibration": "none"}).labels_dev
     assert not graph(selection={"calibration": "none"}).labels_dev
-    one_random = {"labeling": {"view": {"kind": "k_random", "k": 1}}}
+    one_random: dict[str, Any] = {"labeling": {"view": {"kind": "k_random", "k": 1}}}
     assert graph(**one_random).labels_dev
     # The top_k form is calibrated before it is cut, by dev in full.
-    top_k = {"labeling": HFLIP["labeling"] | {"form": "top_k", "k": 2}}
+    top_k: dict[str, Any] = {"labeling": HFLIP["labeling"] | {"form": "top_k", "k": 2}}
     cut = graph(**top_k, selection={"calibration": "none"})
     assert cut.labels_dev
     teacher = cut.first_model()

@@ -65,9 +65,11 @@ def test_a_run_drops_copies_of_dev_and_test_in_every_round_and_searches_once(
     rounds = [one for one in status.rounds if one.pseudo_labels is not None]
     assert len(rounds) == len(status.rounds) - 1 >= 1
     for one in rounds:
+        assert one.pseudo_labels is not None
         assert one.pseudo_labels["leaked"] == 10
         (select,) = [stage for stage in one.stages if stage["kind"] == "select"]
         selection = read_result(store, "select", select["fingerprint"])
+        assert selection is not None
         assert selection.counts["items"]["unlabeled-9"] == 0
         assert selection.inputs["leaks"].manifest_sha256 == guard.sha256
         reasons = read_summary(store, selection)["reasons"]

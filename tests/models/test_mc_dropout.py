@@ -64,9 +64,9 @@ def test_batch_norm_stays_in_evaluation_mode():
     norm = nn.BatchNorm1d(4)
     network = nn.Sequential(norm, nn.Dropout(0.5), nn.Linear(4, 2)).eval()
     images = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) * 10
-    before = norm.running_mean.clone() if norm.running_mean is not None else None
-    together = passes(network, images)
     assert norm.running_mean is not None
+    before = norm.running_mean.clone()
+    together = passes(network, images)
     assert torch.equal(norm.running_mean, before)
     # With fresh averages BatchNorm changes nothing, up to its eps.
     plain = nn.Sequential(nn.Dropout(0.5), network[2]).eval()
@@ -74,8 +74,9 @@ def test_batch_norm_stays_in_evaluation_mode():
 
 
 def test_passes_differ_by_nothing_where_the_dropped_units_say_nothing():
-    network = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3)).eval()
-    nn.init.zeros_(network[1].weight)
+    last = nn.Linear(8, 3)
+    nn.init.zeros_(last.weight)
+    network = nn.Sequential(nn.Dropout(0.5), last).eval()
     found = passes(network, torch.rand(2, 8))
     assert torch.equal(found.std(dim=0), torch.zeros(2, 3))
 

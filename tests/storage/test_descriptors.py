@@ -1,5 +1,7 @@
 """Descriptors on their way to Parquet and back."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
@@ -18,8 +20,8 @@ WHAT, SHARD = "d" * 64, "5" * 64
 
 
 def descriptors(n=3, size=4):
-    values = np.arange(n * size, dtype=np.float16).reshape(n, size) / 4
-    return Descriptors(tuple(f"k{i}" for i in range(n)), values)
+    values = np.arange(n * size).reshape(n, size) / 4
+    return Descriptors(tuple(f"k{i}" for i in range(n)), values.astype(np.float16))
 
 
 @pytest.fixture
@@ -62,7 +64,10 @@ def test_a_shard_without_decodable_images_has_no_rows():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (Descriptors(("a",), np.zeros((1, 4), np.float32)), r"must be \(1, D\) float16"),
+        (
+            Descriptors(("a",), cast("Any", np.zeros((1, 4), np.float32))),
+            r"must be \(1, D\) float16",
+        ),
         (Descriptors(("a",), np.zeros((2, 4), np.float16)), r"must be \(1, D\) float16"),
         (Descriptors(("a", "a"), np.zeros((2, 4), np.float16)), "keys must be unique"),
         (

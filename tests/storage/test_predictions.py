@@ -346,10 +346,13 @@ def test_top_k_record_gives_back_the_exact_sums_and_uncertainty(tmp_path):
     p = with_uncertainty(make_top_k())
     record = write_predictions(store, LABELER, SHARD, p, {}, prob_sums=SUMS)
     assert (record["schema"], record["k"], record["optional"]) == (2, 3, ["uncertainty"])
-    np.testing.assert_array_equal(probability_sums(read_record(store, LABELER, SHARD)), SUMS)
+    again = read_record(store, LABELER, SHARD)
+    assert again is not None
+    np.testing.assert_array_equal(probability_sums(again), SUMS)
     assert_equal(read_predictions(store, record), p)
     columns = read_columns(store, record, ["uncertainty", "rest_mass"])
     np.testing.assert_array_equal(columns["uncertainty"], p.uncertainty)
+    assert p.listed is not None
     np.testing.assert_array_equal(columns["rest_mass"], p.listed.rest_mass)
 
 

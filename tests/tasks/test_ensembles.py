@@ -113,6 +113,8 @@ def test_a_symmetric_image_looks_the_same_in_the_mirror(teacher):
         looking(teacher, view=HflipViewConfig(), uncertainty=ViewsUncertaintyConfig()),
     )
     np.testing.assert_allclose(twice.log_probs, once.log_probs, atol=1e-6)
+    assert twice.agreement is not None
+    assert twice.uncertainty is not None
     assert twice.agreement.tolist() == [1.0]
     np.testing.assert_allclose(twice.uncertainty, 0, atol=1e-6)
 
@@ -160,6 +162,7 @@ def test_dropout_passes_are_the_same_again_and_others_under_another_seed(samples
     again = predict(samples, ensemble)
     np.testing.assert_array_equal(again.log_probs, first.log_probs)
     np.testing.assert_array_equal(again.uncertainty, first.uncertainty)
+    assert first.uncertainty is not None
     assert (first.uncertainty > 0).all()
     reseeded = looking(teacher, uncertainty=McDropoutConfig(passes=4, seed=1), rates=(0.5,))
     for other in (predict(samples, reseeded), predict(samples, ensemble, shard="6" * 64)):
@@ -180,6 +183,7 @@ def test_batch_norm_is_in_evaluation_mode_while_dropout_is_on(samples, teacher):
     np.testing.assert_allclose(
         found.log_probs, predict(samples, Ensemble((teacher,))).log_probs, atol=1e-5
     )
+    assert found.uncertainty is not None
     np.testing.assert_allclose(found.uncertainty, 0, atol=1e-5)
 
 
@@ -192,6 +196,8 @@ def test_two_teachers_are_averaged_by_class_name(samples, pipeline, teacher, stu
     np.testing.assert_allclose(np.exp(found.log_probs), both.mean(axis=0), rtol=1e-4)
     labels = both.mean(axis=0).argmax(axis=1)
     rows = np.arange(7)
+    assert found.uncertainty is not None
+    assert found.agreement is not None
     np.testing.assert_allclose(
         found.uncertainty, both[:, rows, labels].std(axis=0, ddof=1), atol=1e-6
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,7 +326,11 @@ def test_a_broken_model_stops_the_labelling(pipeline, lab, tmp_path):
     assert read_record(lab.store, "1" * 64, lab.unlabeled.shards[0].digest) is None
 
 
-BASE = {"teacher": "a" * 64, "view": VIEW, "class_names": ["x", "y"]}
+BASE: dict[str, Any] = {"teacher": "a" * 64, "view": VIEW, "class_names": ["x", "y"]}
+
+
+def based(**changes: Any) -> dict[str, Any]:
+    return BASE | changes
 
 
 @pytest.mark.parametrize(
@@ -360,10 +365,10 @@ def test_how_views_are_drawn_and_averaged_changes_the_address():
 def test_the_order_of_teachers_changes_no_address():
     other = {"image_size": 16, "crop_padding": 0, "interpolation": "bilinear"}
     one = labeler_fingerprint(LabelingConfig(), **BASE, more_teachers={"b" * 64: other})
-    swapped = BASE | {"teacher": "b" * 64, "view": other}
+    swapped = based(teacher="b" * 64, view=other)
     assert labeler_fingerprint(LabelingConfig(), **swapped, more_teachers={"a" * 64: VIEW}) == one
     # Which teacher sees what is part of it.
-    wrong = BASE | {"teacher": "b" * 64}
+    wrong = based(teacher="b" * 64)
     assert labeler_fingerprint(LabelingConfig(), **wrong, more_teachers={"a" * 64: other}) != one
 
 
@@ -385,7 +390,7 @@ MANY = [f"c{i}" for i in range(257)]
 
 
 def test_auto_is_full_up_to_256_classes_and_keeps_its_address():
-    few = BASE | {"class_names": MANY[:256]}
+    few = based(class_names=MANY[:256])
     full = labeler_fingerprint(LabelingConfig(form="full"), **few)
     assert labeler_fingerprint(LabelingConfig(form="auto"), **few) == full
     # Neither k nor the validation is part of the full form.
@@ -393,17 +398,20 @@ def test_auto_is_full_up_to_256_classes_and_keeps_its_address():
 
 
 def test_auto_is_top_k_above_256_classes():
-    many = BASE | {"class_names": MANY, "validation": VALIDATION}
+    many = based(class_names=MANY, validation=VALIDATION)
     top_k = labeler_fingerprint(LabelingConfig(form="top_k"), **many)
     assert labeler_fingerprint(LabelingConfig(), **many) == top_k
     assert labeler_fingerprint(LabelingConfig(form="full"), **many) != top_k
     assert labeler_fingerprint(LabelingConfig(k=11), **many) != top_k
-    assert labeler_fingerprint(LabelingConfig(), **many | {"validation": "d" * 64}) != top_k
+    assert (
+        labeler_fingerprint(LabelingConfig(), **based(class_names=MANY, validation="d" * 64))
+        != top_k
+    )
 
 
 def test_top_k_without_a_validation_or_enough_classes_is_refused():
     with pytest.raises(ValueError, match="no validation of the model is given"):
-        labeler_fingerprint(LabelingConfig(), **BASE | {"class_names": MANY})
+        labeler_fingerprint(LabelingConfig(), **based(class_names=MANY))
     with pytest.raises(ValueError, match=r"k=10 with labeling\.form=top_k: there are 2 classes"):
         labeler_fingerprint(LabelingConfig(form="top_k"), **BASE, validation=VALIDATION)
 
@@ -415,14 +423,18 @@ def test_top_k_labels_are_the_calibrated_whole_predictions_cut(pipeline, lab):
     calibrated = np.exp(apply_temperature(whole.log_probs, 1.5))
     order = np.argsort(-calibrated, axis=1)
     assert cut.form == "top_k"
+    assert cut.listed is not None
     assert cut.label.tolist() == whole.label.tolist()
     np.testing.assert_allclose(cut.confidence, calibrated.max(axis=1), rtol=2e-3)
     np.testing.assert_array_equal(cut.listed.class_ids, order[:, :2])
     np.testing.assert_allclose(cut.listed.rest_mass, calibrated.min(axis=1), rtol=5e-3)
     np.testing.assert_array_equal(cut.logsumexp, whole.logsumexp)
     record = read_record(lab.store, "2" * 64, lab.unlabeled.shard("unlabeled-0").digest)
+    assert record is not None
     assert record["facts"]["temperature"] == 1.5
-    mean = exact_mean(probability_sums(record), cut.num_samples)
+    sums = probability_sums(record)
+    assert sums is not None
+    mean = exact_mean(sums, cut.num_samples)
     np.testing.assert_allclose(mean, calibrated.mean(axis=0), rtol=2e-3)
 
 

@@ -193,7 +193,9 @@ class TinyRun:
                 label=label,
             )
             objects.append((shard.digest, selection_to_parquet(selection), "parquet"))
-            counts.append(ShardCounts.of(selection, predictions, predictions.confidence, 3))
+            counts.append(
+                ShardCounts.of(selection, predictions.true_label, predictions.confidence, 3)
+            )
         summary = summarize(counts, class_names=NAMES, facts=facts)
         objects.append(("summary", json.dumps(summary).encode(), "json"))
         self.commit(one, "select", objects=objects, inputs={"labeling": labeling.fingerprint})

@@ -156,6 +156,7 @@ def test_damage_that_planning_does_not_read_is_found_before_anything_is_committe
     # names.
     labels = plant_top_k(lab, 2)
     record = read_record(lab.store, TOP, "1" * 64)
+    assert record is not None
     path = Path(lab.store.url) / record["object"]["path"]
     data = bytearray(path.read_bytes())
     position = len(data) // 2
