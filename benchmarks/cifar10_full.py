@@ -30,6 +30,7 @@ from storage.patterns import expand_shards
 from storage.store import Store, open_store
 from tasks import evaluation, training_orders
 from tasks.classifiers import load_classifier
+from tasks.devices import emulates_bf16
 from tasks.sharding import shard_dataset
 from tasks.sources import read_source
 from tasks.training import run_training
@@ -78,7 +79,7 @@ def training_config(duration: Duration) -> TrainingConfig:
         warmup=_fifth_of(duration),
         ema=EmaConfig(decay=0.98),
         objective=JointConfig(label_smoothing=0.2),
-        precision="bf16",
+        precision="fp32" if emulates_bf16("cpu") else "bf16",
         memory_format="channels_last",
     )
 
@@ -113,7 +114,7 @@ def _measure(folder: Path, source: str, minutes: float, seeds: list[int], quick:
         goal=90,
         direction="at_least",
         against=f"a gate of 90 % (the source's recipe reaches 94 % in 9.9 epochs); std over seeds "
-        f"{deviation:.2f}; {steps} steps of {config.batch_size} = "
+        f"{deviation:.2f}; {config.precision}, {steps} steps of {config.batch_size} = "
         f"{steps * config.batch_size / labeled.num_samples:.2f} epochs in "
         f"{statistics.mean(seconds) / 60:.1f} minutes",
         quick=quick,

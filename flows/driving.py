@@ -17,12 +17,14 @@ from flows.labeling import label_corpus
 from flows.opening import OpenRun, refuse_without_room
 from flows.run_status import RunStatus, read_status, status_table, write_status_view
 from flows.selection import select_pseudo_labels
+from flows.trained_models import TrainedTeacher
 from models.architectures import architecture_name
 from storage.manifest import Manifest
 from storage.runs import append_event
 from storage.store import conditional_create_works
 from tasks import stages
 from tasks.classifiers import read_description
+from tasks.devices import emulates_bf16
 from tasks.evaluation import read_report
 from tasks.labeling_config import LabelingConfig
 from tasks.loading import LoadingConfig
@@ -39,6 +41,7 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
     Raises: CacheTooSmall, before anything is computed, if this machine's trainings have no room.
     """
     refuse_without_room(run.store, run.config, run.pins)  # a resume may be on another machine
+    _warn_of_slow_bf16(run)
     append_event(
         run.store,
         run.name,
@@ -54,6 +57,19 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
         message = str(error).split("\n")[0][:1000]
         append_event(run.store, run.name, "run_failed", error=type(error).__name__, message=message)
         raise
+
+
+def _warn_of_slow_bf16(run: OpenRun) -> None:
+    config = run.config
+    trainings = [one.training() for one in (config.teacher,) if isinstance(one, TrainedTeacher)]
+    if config.student is not None:
+        trainings += [config.student.for_round(number + 1) for number in range(config.rounds)]
+    precisions = {config.labeling.precision, *(training.precision for training in trainings)}
+    if "bf16" in precisions and emulates_bf16(config.device):
+        get_run_logger().warning(
+            "precision: bf16 on a CPU without instructions for it is many times slower than fp32;"
+            " set precision: fp32, or run on another machine"
+        )
 
 
 def write_views(run: OpenRun) -> RunStatus:

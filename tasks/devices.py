@@ -1,6 +1,7 @@
 """Which device a stage computes on."""
 
 import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,6 +31,21 @@ def wants_cuda(choice: DeviceChoice) -> bool:
             "device: cuda, but torch sees no CUDA device here; use device: auto or cpu"
         )
     return False
+
+
+def emulates_bf16(choice: DeviceChoice, *, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether bf16 is computed by a CPU without instructions for it.
+
+    Such a CPU computes in bf16 many times more slowly than in fp32. Where the CPU's flags cannot be
+    read it is taken to have them.
+    """
+    if wants_cuda(choice) or not cpuinfo.exists():
+        return False
+    lines = cpuinfo.read_text().lower().splitlines()
+    flags = {
+        flag for line in lines if line.startswith(("flags", "features")) for flag in line.split()
+    }
+    return bool(flags) and flags.isdisjoint({"avx512f", "avx512_bf16", "amx_bf16", "bf16"})
 
 
 def visible_gpus() -> list[str]:

@@ -130,7 +130,8 @@ def test_run_prints_its_status_as_json_and_nothing_else_on_stdout(demo: Demo) ->
     assert status["stop_reason"] in ("max_rounds", "no_gain")
     assert status["baseline"] is None
     pseudo = status["rounds"][1]["pseudo_labels"]
-    assert pseudo.keys() == {"kept", "unique", "precision", "coverage"}
+    reported = {"kept", "unique", "precision", "coverage", "leaked", "out_of_domain"}
+    assert pseudo.keys() == reported
     assert status["report_url"] == f"{demo.store}/runs/demo/report.html"
     assert "round 0 · teacher: 10/10 steps" in demo.stderr
     assert "Prefect UI while it runs: http://127.0.0.1" in demo.stderr
