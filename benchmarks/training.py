@@ -17,7 +17,7 @@ from benchmarks.references import checkpoint_cost, distributed, resuming, traine
 from benchmarks.references.trainer_speed import Plan
 from models.architectures import AirbenchConfig
 
-FULL_PLAN = Plan(labeled_batch=32, report_steps=10, warm_reports=1, timed_reports=2, turns=3)
+FULL_PLAN = Plan(labeled_batch=32, report_steps=10, warm_reports=1, timed_reports=1, turns=3)
 QUICK_PLAN = Plan(labeled_batch=4, report_steps=2, warm_reports=2, timed_reports=2, turns=3)
 
 
