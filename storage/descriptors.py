@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 
 from storage import crash_points, manifest
 from storage.addresses import descriptor_folder
-from storage.manifest import StoredObject, check_schema, create_record, put_object, read_stored
-from storage.parquet_files import arrow, read_table, write_table
+from storage.manifest import (
+    StoredObject,
+    check_identity,
+    check_schema,
+    create_record,
+    put_object,
+    read_stored,
+)
+from storage.parquet_files import arrow, fixed_lists, matrix, read_table, write_table
 from storage.store import Store
 
 SCHEMA_VERSION = 1
@@ -50,10 +57,9 @@ def to_parquet(descriptors: Descriptors) -> bytes:
     """Return the file's bytes, the same for the same descriptors; raises ValueError if refused."""
     _check(descriptors)
     schema = descriptors_schema(descriptors.values.shape[1])
-    flat = arrow.array(np.ascontiguousarray(descriptors.values).reshape(-1))
     columns = [
         arrow.array(descriptors.keys, type=arrow.string()),
-        arrow.FixedSizeListArray.from_arrays(flat, type=schema.field("descriptor").type),
+        fixed_lists(descriptors.values, schema.field("descriptor").type),
     ]
     return write_table(arrow.Table.from_arrays(columns, schema=schema))
 
@@ -62,9 +68,8 @@ def from_parquet(data: bytes, *, num_samples: int, num_values: int, where: str) 
     """Read a file of that many rows and values, and check it; raises ValueError naming `where`."""
     schema = descriptors_schema(num_values)
     table = read_table(data, schema=schema, num_rows=num_samples, where=where)
-    flat = table.column("descriptor").combine_chunks().flatten()
-    values = flat.to_numpy(zero_copy_only=False).reshape(num_samples, num_values)
-    descriptors = Descriptors(tuple(cast("list[str]", table.column("key").to_pylist())), values)
+    keys = tuple(cast("list[str]", table.column("key").to_pylist()))
+    descriptors = Descriptors(keys, matrix(table, "descriptor"))
     try:
         _check(descriptors)
     except ValueError as error:
@@ -141,11 +146,7 @@ def _checked_record(
     body: dict[str, Any], descriptor: str, shard_digest: str, where: str
 ) -> dict[str, Any]:
     check_schema(body, SCHEMA_VERSION, where=where)
-    for name, wanted in (("descriptor", descriptor), ("shard", shard_digest)):
-        if body.get(name) != wanted:
-            raise manifest.ManifestMismatch(
-                f"{where}: {name} is {body.get(name)!r}, but {wanted!r} is asked for"
-            )
+    check_identity(body, {"descriptor": descriptor, "shard": shard_digest}, where=where)
     return body
 
 

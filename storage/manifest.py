@@ -262,6 +262,21 @@ def check_schema(body: Mapping[str, Any], newest: int, *, where: str) -> None:
         )
 
 
+def check_identity(body: Mapping[str, Any], wanted: Mapping[str, str], *, where: str) -> None:
+    """Raise ManifestMismatch if a record is of something else than is asked for.
+
+    Args:
+        body: the record.
+        wanted: name -> value of the fields that say what it is of.
+        where: it lies.
+    """
+    for name, value in wanted.items():
+        if body.get(name) != value:
+            raise ManifestMismatch(
+                f"{where}: {name} is {body.get(name)!r}, but {value!r} is asked for"
+            )
+
+
 def _manifest_path(folder: str) -> str:
     return f"{folder}/manifest.json"
 

@@ -128,6 +128,19 @@ def _version(schema: Any) -> dict[bytes, bytes]:
     return {name: value for name, value in metadata.items() if name.startswith(b"selftrain.")}
 
 
+def fixed_lists(values: NDArray[Any], kind: Any) -> Any:
+    """Return the arrow array of a matrix (N, W), whose type `kind` is a list of W."""
+    flat = arrow.array(np.ascontiguousarray(values).reshape(-1))
+    return arrow.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
+def matrix(table: Any, name: str) -> NDArray[Any]:
+    """Return a column of lists of one length W as an array (N, W)."""
+    values = table.column(name).combine_chunks()
+    flat = values.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(values), values.type.list_size)
+
+
 def column(table: Any, name: str) -> NDArray[Any]:
     """Return a column as an array; texts as objects."""
     return np.asarray(table.column(name).to_numpy())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from storage.key_columns import KeyColumn
 from storage.manifest import StoredObject, read_stored
-from storage.parquet_files import column, open_table
+from storage.parquet_files import column, matrix, open_table
 from storage.prediction_files import predictions_schema
 from storage.prediction_values import Form, Listed
 from storage.store import Store
@@ -100,17 +100,12 @@ class PredictionColumns:
         """Return the log-probabilities, (N, C) or (N, k), and the classes of the latter."""
         k = self.reference.k
         if k is None:
-            return self._matrix(self._file.read(["log_probs"]), "log_probs"), None
+            return matrix(self._file.read(["log_probs"]), "log_probs"), None
         table = self._file.read(["class_ids", "log_probs", "rest_mass"])
         listed = Listed(
-            self._matrix(table, "class_ids"), column(table, "rest_mass"), self.reference.num_classes
+            matrix(table, "class_ids"), column(table, "rest_mass"), self.reference.num_classes
         )
-        return self._matrix(table, "log_probs"), listed
-
-    def _matrix(self, table: Any, name: str) -> NDArray[Any]:
-        width = self.reference.k or self.reference.num_classes
-        values = table.column(name).combine_chunks().flatten()
-        return values.to_numpy(zero_copy_only=False).reshape(self.reference.num_samples, width)
+        return matrix(table, "log_probs"), listed
 
 
 def read_columns(

@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
-
-from storage.parquet_files import arrow, column, read_table, write_table
+from storage.parquet_files import (
+    arrow,
+    column,
+    fixed_lists,
+    matrix,
+    read_table,
+    write_table,
+)
 from storage.prediction_values import SCALARS, Listed, Predictions, check_predictions
 
 SCHEMA_VERSION = 1
@@ -68,10 +73,9 @@ def to_parquet(predictions: Predictions) -> bytes:
         if field.name == "key":
             columns.append(arrow.array(p.keys, type=field.type))
             continue
-        array = np.ascontiguousarray(getattr(values, field.name))
+        array = getattr(values, field.name)
         if array.ndim == 2:
-            flat = arrow.array(array.reshape(-1))
-            columns.append(arrow.FixedSizeListArray.from_arrays(flat, type=field.type))
+            columns.append(fixed_lists(array, field.type))
         else:
             columns.append(arrow.array(array, type=field.type))
     return write_table(arrow.Table.from_arrays(columns, schema=schema))
@@ -93,16 +97,12 @@ def from_parquet(
     schema = predictions_schema(num_classes, k=k, optional=optional)
     table = read_table(data, schema=schema, num_rows=num_samples, where=where)
 
-    def matrix(name: str) -> Any:
-        values = table.column(name).combine_chunks().flatten()
-        return values.to_numpy(zero_copy_only=False).reshape(num_samples, k or num_classes)
-
     listed = None
     if k is not None:
-        listed = Listed(matrix("class_ids"), column(table, "rest_mass"), num_classes)
+        listed = Listed(matrix(table, "class_ids"), column(table, "rest_mass"), num_classes)
     predictions = Predictions(
         keys=tuple(cast("list[str]", table.column("key").to_pylist())),
-        log_probs=matrix("log_probs"),
+        log_probs=matrix(table, "log_probs"),
         listed=listed,
         **{name: column(table, name) for name in (*SCALARS, *optional)},
     )

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from storage import crash_points, manifest
 from storage.addresses import prediction_folder
 from storage.array_text import from_text, to_text
-from storage.manifest import StoredObject, check_schema, create_record, put_object, read_stored
+from storage.manifest import (
+    StoredObject,
+    check_identity,
+    check_schema,
+    create_record,
+    put_object,
+    read_stored,
+)
 from storage.prediction_columns import read_columns
 from storage.prediction_files import (
     SCHEMA_VERSION,
@@ -125,11 +132,7 @@ def _checked_record(
     body: dict[str, Any], labeler: str, shard_digest: str, where: str
 ) -> dict[str, Any]:
     check_schema(body, _RECORD_SCHEMAS[-1], where=where)
-    for name, wanted in (("labeler", labeler), ("shard", shard_digest)):
-        if body.get(name) != wanted:
-            raise manifest.ManifestMismatch(
-                f"{where}: {name} is {body.get(name)!r}, but {wanted!r} is asked for"
-            )
+    check_identity(body, {"labeler": labeler, "shard": shard_digest}, where=where)
     return body
 
 
