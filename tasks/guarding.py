@@ -46,6 +46,7 @@ from storage.store import Store
 from tasks import provenance
 from tasks.images import CONVERSION, BadImage, decode_image, largest_reduction
 from tasks.shard_items import BadSampleBudget
+from tasks.shard_records import read_of_each
 from tasks.specifications import Specification
 
 VERSION = 1
@@ -288,10 +289,9 @@ def _thumbnails(
 def _records(store: Store, specification: Specification) -> list[tuple[Shard, Any]]:
     """Return every shard of the corpus with its record, None where it is not searched yet."""
     corpus = load_corpus(store, specification.inputs["corpus"])
-    paths = [_record_path(specification, shard.digest) for shard in corpus.shards]
-    with ThreadPoolExecutor(16) as pool:
-        records = pool.map(lambda path: read_record(store, path), paths)
-        return list(zip(corpus.shards, records, strict=True))
+    return read_of_each(
+        corpus.shards, lambda shard: read_record(store, _record_path(specification, shard.digest))
+    )
 
 
 def _record_path(specification: Specification, shard_digest: str) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from tasks.labeling_config import LabelingConfig, resolved_form
 from tasks.overlapping import read_ahead, write_behind
 from tasks.predicting import Cut, OpenShard, Predicted, predict_shards
 from tasks.shard_items import BadSampleBudget
+from tasks.shard_records import read_of_each
 from tasks.specifications import Specification
 
 VERSION = 1
@@ -165,9 +165,7 @@ def _without_record(
             return read_record(store, labeler, shard.digest)
         return read_whole_record(store, labeler, shard.digest, verify=verify)
 
-    with ThreadPoolExecutor(16) as pool:
-        records = pool.map(record_of, shards)
-        return [s for s, found in zip(shards, records, strict=True) if found is None]
+    return [shard for shard, found in read_of_each(shards, record_of) if found is None]
 
 
 def label_shards(
@@ -244,25 +242,24 @@ def finish(store: Store, specification: Specification, *, seconds: float) -> Man
     """Commit a labelling once every shard of the corpus has its record."""
     labeler = specification.inputs["labeler"]
     corpus = load_corpus(store, specification.inputs["corpus"])
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda s: read_record(store, labeler, s.digest), corpus.shards))
-    missing = [s.stem for s, r in zip(corpus.shards, found, strict=True) if r is None]
+    found = read_of_each(corpus.shards, lambda s: read_record(store, labeler, s.digest))
+    missing = [shard.stem for shard, record in found if record is None]
     if missing:
         raise ValueError(
             f"labelling {specification.fingerprint[:12]}: {len(missing)} of {len(found)} shards"
             f" have no record, first {missing[0]}; run it again to label them"
         )
-    records = [r for r in found if r is not None]
+    records = [(shard, record) for shard, record in found if record is not None]
     shards = {
         shard.stem: {
             "record_sha256": sha256_hex(canonical_json(record)),
             "num_samples": record["num_samples"],
         }
-        for shard, record in zip(corpus.shards, records, strict=True)
+        for shard, record in records
     }
     bad = {
         sample_key(shard.stem, key): reason
-        for shard, record in zip(corpus.shards, records, strict=True)
+        for shard, record in records
         for key, reason in record["facts"]["bad_samples"].items()
     }
     manifest = Manifest(
@@ -277,7 +274,7 @@ def finish(store: Store, specification: Specification, *, seconds: float) -> Man
         objects=(),
         counts={
             "samples": corpus.num_samples,
-            "labeled": sum(record["num_samples"] for record in records),
+            "labeled": sum(record["num_samples"] for _, record in records),
             "bad_samples": bad,
             "shards": shards,
         },

@@ -49,11 +49,11 @@ from tasks.distributions import Calibration
 from tasks.selection_config import SelectionConfig
 from tasks.selection_rows import Rows, SelectionInputs, prediction_record
 from tasks.selection_summary import ShardCounts, check_selection_is_sound, summarize
+from tasks.shard_records import read_of_each
 from tasks.specifications import Specification
 
 VERSION = 1
 RECORD_SCHEMA = 1
-_RECORD_READERS = 16
 _WRITERS = 4
 
 
@@ -184,12 +184,11 @@ def _prediction_references(
     store: Store, labeler: str, corpus: Corpus
 ) -> dict[str, PredictionReference]:
     """Return stem -> where a shard's predictions are, of all shards."""
-    with ThreadPoolExecutor(_RECORD_READERS) as pool:
-        found = pool.map(
-            lambda shard: PredictionReference.of(prediction_record(store, labeler, shard.digest)),
-            corpus.shards,
-        )
-        return {shard.stem: one for shard, one in zip(corpus.shards, found, strict=True)}
+    found = read_of_each(
+        corpus.shards,
+        lambda shard: PredictionReference.of(prediction_record(store, labeler, shard.digest)),
+    )
+    return {shard.stem: reference for shard, reference in found}
 
 
 def write_selections(
