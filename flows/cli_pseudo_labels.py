@@ -188,7 +188,8 @@ def select(
     dev: Annotated[
         str | None,
         typer.Option(
-            help="Labelled shards on which confidences are calibrated; else they are not."
+            help="Labelled shards on which confidences are calibrated; default: those of"
+            " `selftrain label --dev`. Without either they are not calibrated."
         ),
     ] = None,
     labeled: Annotated[

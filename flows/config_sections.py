@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.loading import ConfigError
+from flows.loading import ConfigError, StrictLoader
 from tasks.labeling import LabelingConfig
 from tasks.selection_config import SelectionConfig
 
@@ -109,7 +109,7 @@ def _rules(document: Mapping[str, Any], *, where: str, has_dev: bool) -> Selecti
 
 def _read(path: Path, section: str) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
     if not isinstance(document, dict):

@@ -14,10 +14,9 @@ from prefect.exceptions import TerminationSignal
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
 from flows.guarding import guard_corpus
 from flows.labeling import label_corpus
-from flows.opening import OpenRun, refuse_without_room
+from flows.opening import OpenRun, refuse_without_room, trainings_of
 from flows.run_status import RunStatus, read_status, status_table, write_status_view
 from flows.selection import select_pseudo_labels
-from flows.trained_models import TrainedTeacher
 from models.architectures import architecture_name
 from storage.manifest import Manifest
 from storage.runs import append_event
@@ -61,10 +60,8 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
 
 def _warn_of_slow_bf16(run: OpenRun) -> None:
     config = run.config
-    trainings = [one.training() for one in (config.teacher,) if isinstance(one, TrainedTeacher)]
-    if config.student is not None:
-        trainings += [config.student.for_round(number + 1) for number in range(config.rounds)]
-    precisions = {config.labeling.precision, *(training.precision for training in trainings)}
+    trained = (training.precision for _, training in trainings_of(config))
+    precisions = {config.labeling.precision, *trained}
     if "bf16" in precisions and emulates_bf16(config.device):
         get_run_logger().warning(
             "precision: bf16 on a CPU without instructions for it is many times slower than fp32;"

@@ -154,7 +154,7 @@ class RunGraph:
 
         Raises: ValueError if the selection could not use it, before days of labelling.
         """
-        form = labeling.resolved_form(self.config.labeling, len(self.pins.class_names))
+        form = resolved_form(self.config.labeling, len(self.pins.class_names))
         selection.check_calibration(self.config.selection.calibration, form)
         return labeling.specify(labeler=self.labeler(teacher), corpus=self.unlabeled)
 

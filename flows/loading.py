@@ -68,7 +68,7 @@ def _read_document(source: str) -> dict[str, Any]:
             f" Recipes: {', '.join(recipe_names())}"
         )
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(document, dict):
@@ -78,10 +78,11 @@ def _read_document(source: str) -> dict[str, Any]:
     return _unshared(document)
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """The safe loader, which besides refuses a key that is written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse the second of two equal keys."""
         written: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)

@@ -19,8 +19,11 @@ from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
+from tasks.labeling_config import resolved_form
 from tasks.launching import LocalLaunch
+from tasks.selection import check_calibration
 from tasks.stream_sources import refuse_cache_without_room
+from tasks.training_orders import needs_of
 
 PINS_SCHEMA = 1
 
@@ -138,6 +141,7 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
         )
     check_labels(labeled, "data.labeled", every_class=True)
     _check_lengths(config, labeled.num_samples)
+    _check_calibration(config, len(labeled.class_names))
     dev = _corpus(store, data, "dev", data.dev)
     test = None if data.test is None else _corpus(store, data, "test", data.test)
     for name, split in (("dev", dev), ("test", test)):
@@ -242,7 +246,7 @@ def check_labels(corpus: Corpus, key: str, *, every_class: bool) -> None:
 
 def _check_lengths(config: SelfTrainingConfig, num_labeled: int) -> None:
     """Refuse a warm-up as long as its training now, and not after hours of other stages."""
-    for name, training in _trainings(config):
+    for name, training in trainings_of(config):
         if training.warmup is None:
             continue
         steps, warmup = (
@@ -256,7 +260,16 @@ def _check_lengths(config: SelfTrainingConfig, num_labeled: int) -> None:
             )
 
 
-def _trainings(config: SelfTrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
+def _check_calibration(config: SelfTrainingConfig, num_classes: int) -> None:
+    """Refuse a calibration that the form of the predictions leaves no room for."""
+    rounds = range(1, config.rounds + 1)
+    students = [] if config.student is None else map(config.student.for_round, rounds)
+    if any(needs_of(student).selection for student in students):
+        form = resolved_form(config.labeling, num_classes)
+        check_calibration(config.selection.calibration, form)
+
+
+def trainings_of(config: SelfTrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
     """Yield the trainings of a config by their keys, with the stages after them."""
     sections: list[tuple[str, TrainedTeacher | StudentConfig, TrainingConfig]] = []
     if isinstance(config.teacher, TrainedTeacher):

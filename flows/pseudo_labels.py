@@ -66,7 +66,10 @@ def pseudo_labels(
         return reference["fingerprint"]
 
     calibrations: dict[str, str] = {}
-    for dev in (label_dev, select_dev):
+    read_by_rules = None
+    if selection is not None and selection.reads_validation:
+        read_by_rules = select_dev
+    for dev in (label_dev, read_by_rules):
         if dev is None or dev in calibrations:
             continue
         if labeling.is_clean(len(models)):
@@ -99,7 +102,7 @@ def pseudo_labels(
         selected: Any = select_pseudo_labels(
             store=store,
             labeling=labels,
-            validation="none" if select_dev is None else calibrations[select_dev],
+            validation="none" if read_by_rules is None else calibrations[read_by_rules],
             class_names=class_names,
             config=selection,
             seed=seed,

@@ -354,6 +354,14 @@ def test_a_warmup_as_long_as_its_training_is_found_before_anything_is_computed(
     assert "shorten the warm-up or lengthen the training" in message
 
 
+def test_a_calibration_that_the_predictions_cannot_have_is_found_before_anything_is_computed(
+    store, data
+):
+    uncalibrated = {"labeling": {"form": "top_k", "k": 2}, "selection": {"calibration": "none"}}
+    message = refused(store, data, ValueError, **uncalibrated)
+    assert "selection.calibration=none with predictions of the top_k form" in message
+
+
 # A given teacher.
 
 
