@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, assert_never
 
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner
 
 from flows.engine_config import DaskEngine, EngineConfig, LocalEngine, RayEngine
 from tasks.devices import DeviceChoice, visible_gpus, wants_cuda
@@ -49,25 +49,19 @@ def num_local_workers(wanted: int | str, device: DeviceChoice, *, threads: int =
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
-def task_runner_of(
-    engine: EngineConfig, device: DeviceChoice, *, num_workers: int | None = None
-) -> TaskRunner[Any]:
-    """Return the task runner of an engine, not yet started.
+def cluster_runner(engine: DaskEngine | RayEngine, device: DeviceChoice) -> TaskRunner[Any]:
+    """Return the task runner of a cluster engine, not yet started.
 
     Args:
         engine: which.
         device: of the work, from `device_of`.
-        num_workers: threads or local workers; None: as the engine says.
     Raises: EngineMissing, with the command that installs it.
     """
     match engine:
-        case LocalEngine():
-            workers = num_local_workers(engine.processes, device, threads=engine.threads)
-            return ThreadPoolTaskRunner(max_workers=num_workers or max(1, workers))
         case DaskEngine():
-            return _dask_runner(engine, device, num_workers)
+            return _dask_runner(engine, device)
         case RayEngine():
-            return _ray_runner(engine, device, num_workers)
+            return _ray_runner(engine, device)
         case _ as unreachable:
             assert_never(unreachable)
 
@@ -113,15 +107,13 @@ def explaining_lost_workers(engine: EngineConfig) -> Iterator[None]:
         ) from error
 
 
-def _dask_runner(engine: DaskEngine, device: DeviceChoice, num_workers: int | None) -> Any:
+def _dask_runner(engine: DaskEngine, device: DeviceChoice) -> Any:
     with _extra("dask"):
         from distributed import Nanny, Scheduler, SpecCluster
         from prefect_dask.task_runners import DaskTaskRunner
     if engine.address is not None:
         return DaskTaskRunner(address=engine.address)
-    gpus = visible_gpus() if device == "cuda" else []
-    count = num_workers or num_local_workers(engine.workers, device)
-    refuse_shared_gpus(count, gpus, device, named="engine.workers")
+    count, gpus = _workers_and_gpus(engine, device)
     # No memory limit: Dask would give a worker the share of one core, also where it has a GPU.
     options: dict[str, Any] = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0}
     common = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -143,14 +135,12 @@ def _dask_runner(engine: DaskEngine, device: DeviceChoice, num_workers: int | No
     )
 
 
-def _ray_runner(engine: RayEngine, device: DeviceChoice, num_workers: int | None) -> Any:
+def _ray_runner(engine: RayEngine, device: DeviceChoice) -> Any:
     with _extra("ray"):
         from prefect_ray.task_runners import RayTaskRunner
     if engine.address is not None:
         return RayTaskRunner(address=engine.address)
-    gpus = visible_gpus() if device == "cuda" else []
-    count = num_workers or num_local_workers(engine.workers, device)
-    refuse_shared_gpus(count, gpus, device, named="engine.workers")
+    count, gpus = _workers_and_gpus(engine, device)
     return RayTaskRunner(
         init_kwargs={
             "num_cpus": count,
@@ -158,6 +148,16 @@ def _ray_runner(engine: RayEngine, device: DeviceChoice, num_workers: int | None
             "include_dashboard": False,
         }
     )
+
+
+def _workers_and_gpus(
+    engine: DaskEngine | RayEngine, device: DeviceChoice
+) -> tuple[int, list[str]]:
+    """Return how many workers a cluster on this machine has, and its GPUs."""
+    gpus = visible_gpus() if device == "cuda" else []
+    count = num_local_workers(engine.workers, device)
+    refuse_shared_gpus(count, gpus, device, named="engine.workers")
+    return count, gpus
 
 
 def refuse_shared_gpus(

@@ -11,6 +11,7 @@ from prefect import flow, get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
 from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import engines
 from flows.engine_config import LOCAL_ENGINE, EngineConfig, LocalEngine
@@ -189,7 +190,7 @@ def _running(
     engine: EngineConfig, job: LabelJob, missing: Sequence[Shard], progress: "_LabelingProgress"
 ) -> Iterator[_Running]:
     if not isinstance(engine, LocalEngine):
-        runner = engines.task_runner_of(engine, job.device)
+        runner = engines.cluster_runner(engine, job.device)
 
         def submit(name: str, stems: list[str]) -> PrefectFuture[Any]:
             named = label_group.with_options(task_run_name=name)
@@ -202,7 +203,7 @@ def _running(
             )
         return
     workers = local_workers(engine, job.device, missing)
-    runner = engines.task_runner_of(engine, job.device, num_workers=workers.num_workers)
+    runner = ThreadPoolTaskRunner(max_workers=workers.num_workers)
 
     def submit_here(name: str, stems: list[str]) -> PrefectFuture[Any]:
         named = label_group_here.with_options(task_run_name=name)

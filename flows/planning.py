@@ -9,7 +9,7 @@ from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, mode
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
 from flows.reading_costs import ReadBytes, ReadingCosts, SelectedItems, read_once, stream_reads
 from storage.checkpoints import newest_checkpoint
-from storage.corpus import Corpus, load_corpus
+from storage.corpus import Corpus, Shard, load_corpus
 from storage.manifest import read_provenance
 from storage.runs import UnknownRun
 from storage.store import Store
@@ -200,25 +200,16 @@ class _Planner:
         guard = self.graph.guard()
         if guard is None:
             return []
-        corpus = load_corpus(self.store, self.graph.unlabeled)
-        missing = shards_to_search(self.store, guard)
-        planned = self._stage(
-            guard,
-            round_index,
-            corpus.num_samples,
-            assumed=False,
-            is_begun=len(missing) < len(corpus.shards),
-        )
         splits = (load_corpus(self.store, guard.inputs[s]) for s in SPLITS if s in guard.inputs)
-        num_bytes = sum(split.num_bytes for split in splits)
-        planned = _reading(planned, read_once(num_bytes + sum(s.num_bytes for s in missing)))
-        num_missing = sum(shard.num_samples for shard in missing)
         return [
-            replace(
-                planned,
-                shards_done=len(corpus.shards) - len(missing),
-                shards=len(corpus.shards),
-                estimated_bytes=num_missing * BYTES_PER_DESCRIPTOR,
+            self._by_shard(
+                guard,
+                round_index,
+                load_corpus(self.store, self.graph.unlabeled),
+                shards_to_search(self.store, guard),
+                assumed=False,
+                bytes_per_row=BYTES_PER_DESCRIPTOR,
+                more_bytes_read=sum(split.num_bytes for split in splits),
             )
         ]
 
@@ -226,8 +217,27 @@ class _Planner:
         self, specification: Specification, round_index: int, *, assumed: bool
     ) -> PlannedStage:
         corpus = load_corpus(self.store, specification.inputs["corpus"])
-        missing = shards_to_label(self.store, specification.inputs["labeler"], corpus)
-        num_missing = sum(shard.num_samples for shard in missing)
+        return self._by_shard(
+            specification,
+            round_index,
+            corpus,
+            shards_to_label(self.store, specification.inputs["labeler"], corpus),
+            assumed=assumed,
+            bytes_per_row=_BYTES_PER_PREDICTION + self._probability_bytes(),
+        )
+
+    def _by_shard(
+        self,
+        specification: Specification,
+        round_index: int,
+        corpus: Corpus,
+        missing: Sequence[Shard],
+        *,
+        assumed: bool,
+        bytes_per_row: int,
+        more_bytes_read: int = 0,
+    ) -> PlannedStage:
+        """Return a stage that commits shard by shard, of which some may be there."""
         planned = self._stage(
             specification,
             round_index,
@@ -235,13 +245,12 @@ class _Planner:
             assumed=assumed,
             is_begun=len(missing) < len(corpus.shards),
         )
-        row_bytes = _BYTES_PER_PREDICTION + self._probability_bytes()
-        planned = _reading(planned, read_once(sum(shard.num_bytes for shard in missing)))
+        num_bytes = more_bytes_read + sum(shard.num_bytes for shard in missing)
         return replace(
-            planned,
+            _reading(planned, read_once(num_bytes)),
             shards_done=len(corpus.shards) - len(missing),
             shards=len(corpus.shards),
-            estimated_bytes=num_missing * row_bytes,
+            estimated_bytes=bytes_per_row * sum(shard.num_samples for shard in missing),
         )
 
     def _probability_bytes(self) -> int:

@@ -157,7 +157,7 @@ def test_a_missing_extra_names_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     with pytest.raises(EngineMissing, match=rf"pip install 'selftrain\[{engine.kind}\]'"):
-        engines.task_runner_of(engine, "cpu")
+        engines.cluster_runner(engine, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_every_worker_has_a_gpu_of_its_own() -> None:
 @pytest.mark.usefixtures("two_gpus")
 def test_the_workers_of_a_local_dask_cluster_have_one_gpu_each() -> None:
     pytest.importorskip("prefect_dask", reason="pip install 'selftrain[dask]'")
-    runner: Any = engines.task_runner_of(DaskEngine(), "cuda")
+    runner: Any = engines.cluster_runner(DaskEngine(), "cuda")
     workers = runner.cluster_kwargs["workers"]
     options = [worker["options"] for worker in workers.values()]
     assert [one["env"]["CUDA_VISIBLE_DEVICES"] for one in options] == ["4", "6"]
     assert [one["resources"] for one in options] == [{"GPU": 1}] * 2
     assert [one["nthreads"] for one in options] == [1, 1]
     with pytest.raises(ValueError, match=r"set engine\.workers to 2 or less"):
-        engines.task_runner_of(DaskEngine(workers=3), "cuda")
+        engines.cluster_runner(DaskEngine(workers=3), "cuda")
 
 
 def test_the_device_of_a_cluster_is_that_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
