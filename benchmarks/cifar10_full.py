@@ -5,7 +5,6 @@ and nothing is chosen: the recipe was fixed on training images alone, the last a
 once. The length in epochs follows from the machine's speed, measured before.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.figures import Figure, figure, print_figures
+from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from models.architectures import AirbenchConfig, Normalization
 from models.durations import Duration
 from models.noise import NoiseConfig, PadShiftConfig
@@ -43,9 +42,7 @@ _TIMED_STEPS = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="half a minute of training")
+    parser = benchmark_parser(__doc__, quick="half a minute of training")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--source", default=str(SOURCE), help="archive, or cifar10:FOLDER")

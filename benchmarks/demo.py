@@ -4,13 +4,12 @@ Seeds move the split, the weights and the noise. Nothing was chosen on these see
 recipe was written down at once, and its network was then made smaller for speed.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
 
-from benchmarks.figures import figure, print_figures
+from benchmarks.figures import benchmark_parser, figure, print_figures
 from flows import running  # noqa: F401  (sets Prefect's environment)
 from flows.loading import load_config
 from flows.self_training import self_training
@@ -19,9 +18,7 @@ from flows.terminal import showing_progress
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="two seeds of one short round")
+    parser = benchmark_parser(__doc__, quick="two seeds of one short round")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """The one form of a measured figure, and how it is printed."""
 
+import argparse
 import json
 import os
 import platform
@@ -59,6 +60,19 @@ def figure(
         seeds=seeds,
         date=datetime.now(UTC).date().isoformat(),
     )
+
+
+def benchmark_parser(description: str | None, *, quick: str) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes: `--json` and `--quick`.
+
+    Args:
+        description: of the benchmark.
+        quick: what is less there.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def print_figures(figures: list[Figure], *, as_json: bool) -> None:

@@ -4,7 +4,6 @@ Photographs of ImageNet, replicated into shards on the local disk, by networks o
 224 pixels: the stage is `label_corpus`, from the store to Parquet in the store.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 
-from benchmarks.figures import Figure, figure, print_figures
+from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from benchmarks.references import labeling_plain_loop, labeling_speeds, labeling_views
 from benchmarks.references.labeling_data import (
     PHOTOGRAPHS,
@@ -57,9 +56,7 @@ _BATCH_SIZES = (8, 16, 32, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="the same on a twentieth of the work")
+    parser = benchmark_parser(__doc__, quick="the same on a twentieth of the work")
     parser.add_argument(
         "--only", choices=("speed", "views"), help="measure only speed, or only views and labels"
     )

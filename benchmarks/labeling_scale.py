@@ -5,11 +5,10 @@ that nearly all of its time is what it costs to have 10,000 shards. Each labelli
 of its own with a Prefect server of its own.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.figures import Figure, figure, print_figures
+from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from benchmarks.references.orchestration import Labeling, measure
 
 _NUM_SHARDS = (10, 100, 1_000, 10_000)
@@ -24,9 +23,7 @@ _IMAGES_PER_SECOND = 1_000
 
 def main() -> None:
     """Measure, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="up to 1,000 shards, not 10,000")
+    parser = benchmark_parser(__doc__, quick="up to 1,000 shards, not 10,000")
     options = parser.parse_args()
     counts = _QUICK_NUM_SHARDS if options.quick else _NUM_SHARDS
     with tempfile.TemporaryDirectory(prefix="selftrain-labeling-scale-") as name:

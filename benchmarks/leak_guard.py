@@ -7,7 +7,6 @@ the photographs against the other. With `--sheet FILE.png` all hits of the train
 side by side.
 """
 
-import argparse
 import io
 import tarfile
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from benchmarks.figures import Figure, figure, print_figures
+from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from models.near_duplicates import (
     Matches,
     NearDuplicatesConfig,
@@ -39,9 +38,7 @@ Files = list[tuple[str, bytes]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the planted copies")
+    parser = benchmark_parser(__doc__, quick="a tenth of the planted copies")
     parser.add_argument("--data", type=Path, default=_DATA, help="folder of the two archives")
     parser.add_argument("--sheet", type=Path, help="draw the training split's hits into this file")
     options = parser.parse_args()

@@ -4,7 +4,6 @@ Images are random bytes of 110 kB, 200 a shard, on the local disk, and nothing i
 differs is reading, checking and copying.
 """
 
-import argparse
 import tarfile
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.figures import figure, print_figures
+from benchmarks.figures import benchmark_parser, figure, print_figures
 from storage.corpus import Corpus, Locations, read_samples
 from storage.indexing import corpus_from_index, index_shards
 from storage.manifest import put_object, read_stored
@@ -28,9 +27,7 @@ _SHARES = (0.05, LARGEST_SHARE, 0.5)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="4 shards in the place of 16")
+    parser = benchmark_parser(__doc__, quick="4 shards in the place of 16")
     options = parser.parse_args()
     num_shards = 4 if options.quick else 16
     figures = []

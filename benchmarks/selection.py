@@ -7,7 +7,6 @@ read the same files, verify nothing, and write the kept rows alone, unsynced. Ea
 of its own; memory is what it takes beyond the interpreter with all that is imported.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.figures import Figure, figure, print_figures
+from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from benchmarks.references.selection_data import Problem, labeling_of, make_labeling
 from storage.corpus import load_corpus
 from tasks.specifications import read_result
@@ -30,9 +29,7 @@ _GIGABYTE = 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="10**6 rows in 100 files, once")
+    parser = benchmark_parser(__doc__, quick="10**6 rows in 100 files, once")
     parser.add_argument("--rows", type=float, default=1e7, help="how many, in 1,000 files")
     parser.add_argument("--repeats", type=int, default=3, help="of which the quickest counts")
     parser.add_argument("--folder", type=Path, help="where predictions are kept for another time")

@@ -3,7 +3,6 @@
 What is measured against what, and how, stands in benchmarks/references/.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -12,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.figures import Figure, figure, print_figures
+from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from benchmarks.references import checkpoint_cost, distributed, resuming, trainer_speed
 from benchmarks.references.trainer_speed import Plan
 from models.architectures import AirbenchConfig
@@ -22,9 +21,7 @@ QUICK_PLAN = Plan(labeled_batch=4, report_steps=2, warm_reports=2, timed_reports
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
-    parser.add_argument("--quick", action="store_true", help="about a minute, and less exact")
+    parser = benchmark_parser(__doc__, quick="about a minute, and less exact")
     options = parser.parse_args()
     if "OMP_WAIT_POLICY" not in os.environ:
         # As for the workers of a run (tasks/launching.py); it is read when torch is imported.

@@ -24,6 +24,7 @@ from models.inference import InferenceNetwork, Precision
 from storage.corpus import Shard, load_corpus, load_locations, read_samples
 from storage.store import open_store
 from tasks.decoding import decoded_batches
+from tasks.devices import emulates_bf16
 from tasks.images import clean_view
 from tasks.overlapping import read_ahead
 from tasks.predicting import OpenShard
@@ -133,10 +134,8 @@ def resident_forward(
 
 def best_forward(name: str, *, batch_sizes: Sequence[int], seconds: float) -> tuple[float, str]:
     """Return the best rate of the network alone, and how it is reached."""
-    # bf16 on a CPU without instructions for it is emulated, at a thirtieth of the speed.
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[attr-defined]
     rates: dict[str, float] = {}
-    for precision in ("fp32", "bf16") if has_bf16 else ("fp32",):
+    for precision in ("fp32",) if emulates_bf16("cpu") else ("fp32", "bf16"):
         for batch_size in batch_sizes:
             shares = [(name, precision, batch_size, seconds)] * num_processes()
             rate = images_per_second(resident_forward, shares)
