@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.mixing import mixed
 from models.objectives import Batch, Models, Objective, ObjectiveState, StepLoss
 from models.randomness import derive_seed
-from models.ranks import Ranks, parts_of_step
+from models.ranks import Ranks, own_parts
 from models.scaling import autocast
 from models.training_config import TrainingConfig
 
@@ -52,8 +52,7 @@ class GradientPass:
         self._layer_stream = layer_stream
         self._device = device
         self._scaler = scaler
-        self._num_parts, per_rank = parts_of_step(config, ranks.world_size)
-        self._own_parts = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+        self._num_parts, self._own_parts = own_parts(config, ranks)
 
     def __call__(self, step: Step, next_batch: Callable[[int, int, int], Batch]) -> StepLoss:
         """Add the step's gradient to the parameters' and return the means over parts and ranks."""

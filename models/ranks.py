@@ -63,6 +63,15 @@ class Ranks:
 ONE_PROCESS = Ranks()
 
 
+def own_parts(config: StepSettings, ranks: Ranks) -> tuple[int, range]:
+    """The number of equal parts of a step's batch, and those that this rank does.
+
+    Raises: as `parts_of_step`.
+    """
+    num_parts, per_rank = parts_of_step(config, ranks.world_size)
+    return num_parts, range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+
+
 def parts_of_step(config: StepSettings, world_size: int = 1) -> tuple[int, int]:
     """The number of equal parts of a step's batch, and how many of them each rank does.
 

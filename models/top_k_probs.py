@@ -189,13 +189,15 @@ def cut_to_top_k(log_probs: NDArray[np.floating], *, temperature: float, k: int)
 def _cut(log_probs: NDArray[np.floating], temperature: float, k: int) -> TopKRows:
     whole = apply_temperature(log_probs, temperature)  # (n, C)
     probs = np.exp(whole)
-    ids = _largest(whole, k)
+    num_classes = whole.shape[1]
+    ids = _largest(whole, max(k, min(2, num_classes)))  # a margin needs two
+    top_two = np.exp(np.take_along_axis(whole, ids[:, :2], axis=1))
+    ids = ids[:, :k]
     kept = np.take_along_axis(whole, ids, axis=1)
-    is_all = k == whole.shape[1]
+    is_all = k == num_classes
     rest = np.zeros(len(whole)) if is_all else np.maximum(1 - np.exp(kept).sum(axis=1), 0)
-    top_two = np.exp(np.take_along_axis(whole, _largest(whole, min(2, whole.shape[1])), axis=1))
     entropies = np.maximum(-(probs * whole).sum(axis=1), 0)
-    margins = top_two[:, 0] - top_two[:, -1] if whole.shape[1] > 1 else top_two[:, 0]
+    margins = top_two[:, 0] - top_two[:, -1] if num_classes > 1 else top_two[:, 0]
     return TopKRows(ids, kept, rest, top_two[:, 0], margins, entropies, exact_sum(probs))
 
 

@@ -27,7 +27,7 @@ from models.optimization import (
 from models.ranks import (
     ONE_PROCESS,
     Ranks,
-    parts_of_step,
+    own_parts,
     refuse_unsynchronised_batchnorm,
 )
 from models.scaling import has_collapsed
@@ -200,14 +200,14 @@ def finish(
     if state.swa is None:
         return
     assert state.step == total_steps, "the mean of weights is complete after the last step only"
-    num_parts, per_rank = parts_of_step(config, ranks.world_size)
+    num_parts, parts = own_parts(config, ranks)
     first = max(0, total_steps - _RECOMPUTING_STEPS)
     recompute_batchnorm(
         state.swa,
         (
             _all_images(next_batch(step, part, num_parts))
             for step in range(first, total_steps)
-            for part in range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+            for part in parts
         ),
         ranks=ranks,
     )

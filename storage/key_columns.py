@@ -4,12 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast, overload
 
 import numpy as np
-import pyarrow.compute as _compute  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
 from storage.parquet_files import arrow
-
-_functions: Any = _compute
 
 
 class KeyColumn(Sequence[str]):
@@ -44,9 +41,9 @@ class KeyColumn(Sequence[str]):
 
     def of_rows(self, rows: NDArray[np.intp]) -> list[str]:
         """Return the keys of some rows."""
-        return cast("list[str]", _functions.take(self.values, arrow.array(rows)).to_pylist())
+        return cast("list[str]", self.values.take(arrow.array(rows)).to_pylist())
 
     def utf8_of_rows(self, rows: NDArray[np.intp]) -> list[bytes]:
         """Return the keys of some rows as UTF-8."""
-        chosen = _functions.take(self.values, arrow.array(rows)).cast(arrow.binary())
+        chosen = self.values.take(arrow.array(rows)).cast(arrow.binary())
         return cast("list[bytes]", chosen.to_pylist())

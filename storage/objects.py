@@ -99,7 +99,7 @@ def open_object(url: str, *, size: int, policy: RetryPolicy | None = None) -> Bi
 
     def read_range(start: int, end: int) -> bytes:
         return _run(
-            lambda: file_system.cat_file(path, start=start, end=end), "read of", url, policy
+            lambda: file_system.cat_file(path, start=start, end=end), "read part of", url, policy
         )
 
     return cast("BinaryIO", io.BufferedReader(_Ranges(read_range, size), _RANGE_BUFFER_BYTES))

@@ -75,12 +75,11 @@ class PredictionColumns:
             reference.num_classes, k=reference.k, optional=reference.optional
         )
         self._names: list[str] = schema.names
-        where = store.url_of(reference.stored.path)
         whole = read_stored(store, reference.stored) if verify else None
         self._file = open_table(
             store, reference.stored, whole, schema=schema, num_rows=reference.num_samples
         )
-        self._where = where
+        self._where = store.url_of(reference.stored.path)
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Return name -> column: `key` as a `KeyColumn`, others of one value a row as (N,) arrays.

@@ -19,15 +19,14 @@ TOP_K_VERSION = 1
 OPTIONAL_VERSION = 1
 """Of each optional column."""
 
-SCHEMA: Any = arrow.schema(
+_SCHEMA: Any = arrow.schema(
     [
         arrow.field("key", arrow.string(), nullable=False),
         *(
             arrow.field(name, arrow.from_numpy_dtype(kind), nullable=False)
             for name, kind in SCALARS.items()
         ),
-    ],
-    metadata={"selftrain.predictions": str(SCHEMA_VERSION)},
+    ]
 )
 """The columns that every form has, of one value a row."""
 
@@ -45,7 +44,7 @@ def predictions_schema(
         optional: which of the optional columns there are.
     """
     versions: dict[str, str] = {"selftrain.predictions": str(SCHEMA_VERSION)}
-    schema = SCHEMA
+    schema = _SCHEMA
     if k is None:
         schema = schema.insert(_LISTS_AT, _list_field("log_probs", arrow.float16(), num_classes))
     else:

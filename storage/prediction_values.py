@@ -92,18 +92,6 @@ class Predictions:
         """C."""
         return self.log_probs.shape[1] if self.listed is None else self.listed.num_classes
 
-    def only(self, chosen: NDArray[np.bool_]) -> "Predictions":
-        """Return the predictions of some rows, chosen by (N,) bool."""
-        listed = self.listed
-        return Predictions(
-            keys=tuple(key for key, is_chosen in zip(self.keys, chosen, strict=True) if is_chosen),
-            log_probs=self.log_probs[chosen],
-            listed=None
-            if listed is None
-            else Listed(listed.class_ids[chosen], listed.rest_mass[chosen], listed.num_classes),
-            **{name: getattr(self, name)[chosen] for name in (*SCALARS, *self.optional)},
-        )
-
     @property
     def optional(self) -> tuple[str, ...]:
         """Which of the optional columns there are."""

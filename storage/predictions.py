@@ -15,14 +15,13 @@ from storage import crash_points, manifest
 from storage.addresses import prediction_folder
 from storage.array_text import from_text, to_text
 from storage.manifest import (
-    StoredObject,
     check_identity,
     check_schema,
     create_record,
     put_object,
     read_stored,
 )
-from storage.prediction_columns import read_columns
+from storage.prediction_columns import PredictionReference, read_columns
 from storage.prediction_files import (
     SCHEMA_VERSION,
     TOP_K_VERSION,
@@ -156,12 +155,12 @@ def read_predictions(store: Store, record: Mapping[str, Any]) -> Predictions:
 
     Raises: CorruptObject for other bytes; ValueError for another schema, count or bad values.
     """
-    stored = StoredObject(**record["object"])
+    found = PredictionReference.of(record)
     return from_parquet(
-        read_stored(store, stored),
-        num_samples=record["num_samples"],
-        num_classes=record["num_classes"],
-        where=store.url_of(stored.path),
-        k=record.get("k"),
-        optional=record.get("optional", ()),
+        read_stored(store, found.stored),
+        num_samples=found.num_samples,
+        num_classes=found.num_classes,
+        where=store.url_of(found.stored.path),
+        k=found.k,
+        optional=found.optional,
     )

@@ -73,11 +73,10 @@ class CachedSamples:
             self._key_hashes[found],
             self._copies[found],
             epochs,
-            self._targets_of(found),
+            self._targets_of(shards, found),
         )
 
-    def _targets_of(self, found: NDArray[np.int64]) -> Targets:
-        shards = np.searchsorted(self._starts, found, side="right") - 1
+    def _targets_of(self, shards: NDArray[np.int64], found: NDArray[np.int64]) -> Targets:
         parts: list[Targets] = []
         places: list[NDArray[np.int64]] = []
         for shard in np.unique(shards).tolist():

@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.corpus import Corpus, Shard, load_locations, read_samples
-from storage.manifest import Manifest, read_stored
+from storage.manifest import Manifest
 from storage.predictions import Predictions, read_predictions
 from storage.samples import sample_key
-from storage.selections import Reason, Selection, from_parquet
+from storage.selections import Reason, Selection
 from storage.store import Store
 from tasks.judged_predictions import calibrated_confidences, is_debiased, judged
 from tasks.report_formats import words
 from tasks.selection import read_summary
 from tasks.selection_rows import prediction_record
+from tasks.shard_openers import read_chosen
 
 TOP_CLASSES = 3
 
@@ -125,12 +126,7 @@ def explain_round(
     if key not in predictions.keys:
         return None
     row = predictions.keys.index(key)
-    stored = selection.object(shard.digest)
-    chosen = from_parquet(
-        read_stored(store, stored),
-        num_samples=predictions.num_samples,
-        where=store.url_of(stored.path),
-    )
+    chosen = read_chosen(store, selection, labeling, shard)
     truth = int(predictions.true_label[row])
     return SampleInRound(
         predicted=_top(

@@ -167,7 +167,7 @@ def search_shards(
     threshold = specification.settings["leak_guard"]["threshold"]
     for stem in stems:
         shard = corpus.shard(stem)
-        path = _record_path(specification, shard.digest)
+        path = specification.record_path(shard.digest)
         if read_record(store, path) is None:
             described = _described(store, corpus, locations, shard, max_bad_samples)
             found = find_near_duplicates(described.values, images.references, threshold=threshold)
@@ -290,9 +290,5 @@ def _records(store: Store, specification: Specification) -> list[tuple[Shard, An
     """Return every shard of the corpus with its record, None where it is not searched yet."""
     corpus = load_corpus(store, specification.inputs["corpus"])
     return read_of_each(
-        corpus.shards, lambda shard: read_record(store, _record_path(specification, shard.digest))
+        corpus.shards, lambda shard: read_record(store, specification.record_path(shard.digest))
     )
-
-
-def _record_path(specification: Specification, shard_digest: str) -> str:
-    return f"{specification.folder}/shards/{shard_digest}.json"

@@ -91,14 +91,15 @@ def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
     )
 
 
-def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> int:
-    """Label shards in a process that is a cluster's worker, and return the number of samples.
+def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> None:
+    """Label shards in a process that is a cluster's worker.
 
     On one CPU thread, as in the worker processes of this machine: the order of sums, and with it
     the last bits, may depend on their number.
     """
     torch.set_num_threads(1)
-    return sum(label_group(job, stems))
+    for _ in label_group(job, stems):
+        pass
 
 
 # One: the next round's teachers take the place of the last one's.

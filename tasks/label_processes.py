@@ -201,9 +201,9 @@ class _Worker:
     """One worker process and the pipes to it."""
 
     def __init__(self, threads: int, environment: dict[str, str]) -> None:
-        # Output goes to a file: a pipe that nobody empties would block the worker.
         self._ending = threading.Lock()
         self._is_ended = False
+        # Output goes to a file: a pipe that nobody empties would block the worker.
         self._log: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - lives as long as the worker
             prefix="selftrain-label-worker-"
         )

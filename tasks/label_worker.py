@@ -19,11 +19,11 @@ import torch
 from tasks.label_jobs import LabelJob, label_group
 
 # What the user's input or the computation itself causes comes back on every try.
-_REFUSALS = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
+REFUSALS = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until stdin ends, or until SIGTERM and the end of the shard in progress."""
+    """Serve until stdin ends; after SIGTERM a group ends with its shard in progress."""
     parser = argparse.ArgumentParser(prog="python -m tasks.label_worker", description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     torch.set_num_threads(parser.parse_args(arguments).threads)
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    ended = "refused" if isinstance(error, _REFUSALS) else "failed"
+    ended = "refused" if isinstance(error, REFUSALS) else "failed"
     return {"ended": ended, "error": type(error).__name__, "message": str(error)}
 
 

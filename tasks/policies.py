@@ -4,6 +4,7 @@ from typing import Any
 
 from tasks.guarding import GuardStopped
 from tasks.label_processes import LabelWorkerLost
+from tasks.label_worker import REFUSALS
 from tasks.labeling import LabelingStopped
 from tasks.launching import TrainingNotSeen
 from tasks.training import TrainingStopped
@@ -19,8 +20,6 @@ GPU_LIMIT = "gpu"
 # The slot of a run that was killed is free after so long; a living one renews it.
 GPU_LEASE_SECONDS = 60
 
-# What the user's input or the computation itself causes comes back on every try.
-_NEVER = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
 _STOPPED = (TrainingStopped, LabelingStopped, GuardStopped)
 
 
@@ -28,7 +27,7 @@ def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when run again; for `retry_condition_fn`."""
     try:
         state.result()
-    except (*_NEVER, *_STOPPED, TrainingNotSeen, LabelWorkerLost):
+    except (*REFUSALS, *_STOPPED, TrainingNotSeen, LabelWorkerLost):
         return False
     except Exception:
         pass  # whatever else it was, it may have been the machine

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from storage.addresses import canonical_json
-from storage.corpus import Corpus, Shard
+from storage.corpus import Corpus
 from storage.manifest import Manifest, StoredObject, check_schema, read_stored
 from storage.objects import (
     delete_object,
@@ -31,6 +31,7 @@ from tasks.judged_predictions import judged
 from tasks.progress import Progress, report
 from tasks.selection import read_summary
 from tasks.selection_rows import prediction_record
+from tasks.shard_records import read_of_each
 
 INDEX_SCHEMA = 1
 INDEX_FILE = "index.json"
@@ -146,12 +147,13 @@ def publish_predictions(
     Raises: OutputMismatch if the folder is of another labeler.
     """
     labeler = labeling.inputs["labeler"].fingerprint
-    records = {
-        shard.stem: prediction_record(store, labeler, shard.digest) for shard in corpus.shards
-    }
+    found = read_of_each(
+        corpus.shards, lambda shard: prediction_record(store, labeler, shard.digest)
+    )
+    objects = {shard.digest: StoredObject(**record["object"]) for shard, record in found}
 
     def write(part: Part) -> bytes:
-        stored = StoredObject(**records[part.stem]["object"])
+        stored = objects[part.digest]
         return published_predictions(
             read_stored(store, stored),
             stem=part.stem,
@@ -160,8 +162,8 @@ def publish_predictions(
         )
 
     parts = [
-        _part(shard, records[shard.stem]["num_samples"], records[shard.stem]["object"]["sha256"])
-        for shard in corpus.shards
+        Part(shard.stem, shard.digest, record["num_samples"], objects[shard.digest].sha256)
+        for shard, record in found
     ]
     identity = {"kind": "predictions", "labeler": labeler, "log_probs": has_log_probs}
     body = {
@@ -203,11 +205,12 @@ def publish_selection(
     """
     labeler = labeling.inputs["labeler"].fingerprint
     summary = read_summary(store, selection)
+    objects = {one.name: one for one in selection.objects}
 
     def write(part: Part) -> bytes:
         predictions = read_predictions(store, prediction_record(store, labeler, part.digest))
         _, confidences = judged(predictions, summary)
-        stored = selection.object(part.digest)
+        stored = objects[part.digest]
         data = read_stored(store, stored)
         keys = from_parquet(
             data, num_samples=predictions.num_samples, where=store.url_of(stored.path)
@@ -222,9 +225,13 @@ def publish_selection(
         )
 
     parts = [
-        _part(shard, labeling.counts["shards"][shard.stem]["num_samples"], stored.sha256)
+        Part(
+            shard.stem,
+            shard.digest,
+            labeling.counts["shards"][shard.stem]["num_samples"],
+            objects[shard.digest].sha256,
+        )
         for shard in corpus.shards
-        for stored in (selection.object(shard.digest),)
     ]
     identity = {
         "kind": "selection",
@@ -244,10 +251,6 @@ def publish_selection(
     published = _publish(out, identity, body, parts, write)
     write_object(join_url(_absolute(out), "summary.json"), _json(summary), "replace")
     return published
-
-
-def _part(shard: Shard, samples: int, source: str) -> Part:
-    return Part(shard.stem, shard.digest, samples, source)
 
 
 def _publish(

@@ -1,13 +1,13 @@
 """A picture of one image with what each round made of it, as PNG."""
 
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from tasks.images import decode_image
+from tasks.report_svg import plain_matplotlib
 
 _PIXELS = 512
 _INCHES = 5.0
@@ -29,17 +29,13 @@ def sample_picture(data: bytes, *, title: str, captions: Sequence[Caption], wher
 
     Raises: BadImage, naming `where`.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     image = _enlarged(decode_image(data, where=where))
     num_lines = sum(len(one.lines) + 1 for one in captions)
     height = max(_INCHES, _LINE_INCHES * (num_lines + 2))
     buffer = io.BytesIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$x$"
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with plain_matplotlib({"text.parse_math": False}):  # a class may be called "$x$"
         figure = Figure(figsize=(2 * _INCHES + 1, height), layout="constrained", dpi=100)
         figure.suptitle(title, fontsize=11)
         picture, text = figure.subplots(1, 2)

@@ -6,7 +6,8 @@ matplotlib is imported when a figure is drawn, because every flow process import
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
@@ -58,6 +59,19 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+@contextmanager
+def plain_matplotlib(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Draw under these settings alone, and without warnings of scripts that its font lacks."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        cast("dict[str, Any]", matplotlib.rcParams).update(settings)
+        # Of an SVG the browser draws the text; matplotlib only measures it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
 def draw_svg(
     draw: "Callable[[Figure], None]",
     name: str,
@@ -67,15 +81,10 @@ def draw_svg(
     width: float = PAGE_INCHES,
 ) -> str:
     """Draw a figure and return it as an SVG element whose texts matplotlib has escaped."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        cast("dict[str, Any]", matplotlib.rcParams).update(_SETTINGS | {"svg.hashsalt": name})
-        # The browser draws the text; matplotlib only measures it, and lacks some scripts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with plain_matplotlib(_SETTINGS | {"svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -208,7 +208,7 @@ def write_selections(
 
     def write(stem: str) -> bool:
         digest = corpus.shard(stem).digest
-        if read_record(store, _record_path(specification, digest)) is not None:
+        if read_record(store, specification.record_path(digest)) is not None:
             return False
         # The one pass that reads files whole: each is checked before its selection is committed.
         rows = Rows.read(store, inputs, stem, to_write=True)
@@ -227,7 +227,7 @@ def write_selections(
             "counts": counts.to_json(),
             "listed_targets": selection.num_listed,
         }
-        create_record(store, _record_path(specification, digest), body)
+        create_record(store, specification.record_path(digest), body)
         return True
 
     # Most of a shard's time is waiting until its bytes are safely on the disk or in the bucket.
@@ -253,8 +253,9 @@ def finish(
     """
     corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
     records: list[dict[str, Any]] = []
-    for shard in corpus.shards:
-        record = read_record(store, _record_path(specification, shard.digest))
+    for shard, record in read_of_each(
+        corpus.shards, lambda shard: read_record(store, specification.record_path(shard.digest))
+    ):
         if record is None:
             raise ValueError(f"selection: shard {shard.stem} has no record; run it again")
         records.append(record)
@@ -376,7 +377,3 @@ def _calibration_error(log_probs: NDArray[np.float64], truth: NDArray[np.int64])
     error = expected_calibration_error(probs.max(axis=1), probs.argmax(axis=1) == truth)
     assert error is not None, "a validated dev split is not empty"
     return error
-
-
-def _record_path(specification: Specification, shard_digest: str) -> str:
-    return f"{specification.folder}/shards/{shard_digest}.json"

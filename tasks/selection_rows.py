@@ -13,7 +13,7 @@ from models.top_k_probs import TopKProbs
 from models.weighting import FinishedWeighting, SoftMatchWeights, weights_of
 from storage.key_columns import KeyColumn
 from storage.prediction_columns import PredictionColumns, PredictionReference
-from storage.predictions import Listed, read_record
+from storage.predictions import read_record
 from storage.samples import sample_key
 from storage.selections import Reason
 from storage.store import Store
@@ -133,7 +133,7 @@ class Rows:
             )
         turned_down = inputs.gates.reasons(
             stem,
-            keys=lambda: columns.read(["key"])["key"],
+            keys=lambda: found["key"] if "key" in found else columns.read(["key"])["key"],
             outputs=lambda: outputs_of(columns),
         )
         return cls(
@@ -217,7 +217,9 @@ class Rows:
         """
         log_probs, listed = self.columns.probabilities()
         if not self.calibration.moves_labels:
-            return _targets(log_probs, listed)
+            if listed is None:
+                return log_probs, None, None
+            return log_probs, listed.class_ids, listed.rest_mass
         parts = [found for _, found in self.calibration.blocks(log_probs, listed)]
         if listed is None:
             # Half floats at once: float64 of a whole shard would be four times the stored size.
@@ -229,14 +231,6 @@ class Rows:
             np.concatenate([*(found.class_ids for found in tops), listed.class_ids[:0]]),
             np.concatenate([*(found.rest_mass for found in tops), listed.rest_mass[:0]]),
         )
-
-
-def _targets(
-    log_probs: NDArray[np.float16], listed: Listed | None
-) -> tuple[NDArray[np.floating], NDArray[np.integer] | None, NDArray[np.floating] | None]:
-    if listed is None:
-        return log_probs, None, None
-    return log_probs, listed.class_ids, listed.rest_mass
 
 
 def _not_asked() -> NDArray[np.floating]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.thresholds.fixed import check_confidences
+from models.thresholds.fixed import reaches
 
 
 class AgreementThresholdConfig(BaseModel):
@@ -46,8 +46,7 @@ def is_agreed(
     Returns: (N,) bool.
     Raises: ValueError for a NaN, or a value out of range.
     """
-    check_confidences(confidences)
+    is_confident = reaches(confidences, config.confidence)
     if not bool(((agreement >= 0) & (agreement <= 1)).all()):
         raise ValueError("a share of votes lies outside [0, 1]")
-    is_confident = confidences >= confidences.dtype.type(config.confidence)
     return is_confident & (agreement >= agreement.dtype.type(config.min_fraction))

@@ -34,8 +34,16 @@ def reaches_threshold(
     Returns: (N,) bool.
     Raises: ValueError for NaN or a value outside [0, 1].
     """
+    return reaches(confidences, config.confidence)
+
+
+def reaches(confidences: NDArray[np.floating], least: float) -> NDArray[np.bool_]:
+    """Whether each confidence is at least a limit, which is rounded to their dtype first, (N,).
+
+    Raises: ValueError for NaN or a value outside [0, 1].
+    """
     check_confidences(confidences)
-    return confidences >= confidences.dtype.type(config.confidence)
+    return confidences >= confidences.dtype.type(least)
 
 
 def check_confidences(confidences: NDArray[np.floating]) -> None:

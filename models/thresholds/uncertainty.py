@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.thresholds.fixed import check_confidences
+from models.thresholds.fixed import reaches
 
 
 class UncertaintyThresholdConfig(BaseModel):
@@ -49,11 +49,10 @@ def is_certain(
     Returns: (N,) bool.
     Raises: ValueError for a NaN, or a value out of range.
     """
-    check_confidences(confidences)
+    is_confident = reaches(confidences, config.confidence)
     if not bool((uncertainty >= 0).all()):
         raise ValueError(
             f"{int((~(uncertainty >= 0)).sum())} of {len(uncertainty)} standard deviations are"
             " negative or NaN"
         )
-    is_confident = confidences >= confidences.dtype.type(config.confidence)
     return is_confident & (uncertainty < uncertainty.dtype.type(config.max_std))
