@@ -5,6 +5,7 @@ Photographs of ImageNet, replicated into shards on the local disk, by networks o
 """
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 
 from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
-from benchmarks.references import labeling_plain_loop, labeling_speeds, labeling_views
+from benchmarks.references import labeling_speeds, labeling_views
 from benchmarks.references.labeling_data import (
     PHOTOGRAPHS,
     PhotographStore,
@@ -121,12 +122,7 @@ def _speed_figures(plan: Plan, folder: Path, quick: bool) -> list[Figure]:
         for name, found in speeds.items()
     ]
     light = speeds[_NETWORKS[0]]
-    plain = labeling_plain_loop.images_per_second(
-        sorted(made.shards.glob("*.tar"))[: plan.plain_shards],
-        _NETWORKS[0],
-        folder / "plain.parquet",
-        num_workers=num_processes,
-    )
+    plain = _plain_loop(sorted(made.shards.glob("*.tar"))[: plan.plain_shards], folder)
     return [
         *figures,
         at_least(
@@ -167,14 +163,27 @@ def _speeds(plan: Plan, made: PhotographStore, name: str, folder: Path) -> Speed
     )
     model = put_network(made.store, name, folder)
     started = time.monotonic()
-    label_corpus(made.store.url, model, corpus.digest, LabelingConfig(), device="cpu")
-    return Speeds(
+    config = LabelingConfig(form="full")  # random weights have no dev split to be calibrated by
+    label_corpus(made.store.url, model, corpus.digest, config, device="cpu")
+    found = Speeds(
         stage=corpus.num_samples / (time.monotonic() - started),
         decode=decode,
         script=script,
         forward=forward,
         how=how,
     )
+    print(name, found, file=sys.stderr)
+    return found
+
+
+def _plain_loop(shards: list[Path], folder: Path) -> float:
+    """Return images a second of the plain loop, in a process without threads to fork beside."""
+    arguments = [_NETWORKS[0], folder / "plain.parquet", labeling_speeds.num_processes(), *shards]
+    module = [sys.executable, "-m", "benchmarks.references.labeling_plain_loop"]
+    done = subprocess.run(
+        [*module, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return float(done.stdout)
 
 
 def _view_figures(plan: Plan, quick: bool) -> list[Figure]:

@@ -1,5 +1,9 @@
-"""Pseudo-labels as the README of webdataset would have them made: a loader, a network, Parquet."""
+"""Pseudo-labels as the README of webdataset would have them made: a loader, a network, Parquet.
 
+`python -m ... NETWORK OUT WORKERS SHARDS...` prints images a second, starting Python not counted.
+"""
+
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -46,3 +50,11 @@ def images_per_second(shards: list[Path], name: str, out: Path, *, num_workers: 
     table = pa.table({"key": keys, "label": labels, "confidence": confidences})
     pq.write_table(table, out)
     return len(keys) / (time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    network, out, workers, *shards = sys.argv[1:]
+    rate = images_per_second(
+        [Path(shard) for shard in shards], network, Path(out), num_workers=int(workers)
+    )
+    print(rate)

@@ -153,7 +153,7 @@ def _processes_marked(mark: str) -> list[str]:
     ("engine", "module"), [(DaskEngine(), "distributed"), (RayEngine(), "prefect_ray")]
 )
 def test_a_missing_extra_names_the_command_that_installs_it(
-    engine: EngineConfig, module: str, monkeypatch: pytest.MonkeyPatch
+    engine: DaskEngine | RayEngine, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     with pytest.raises(EngineMissing, match=rf"pip install 'selftrain\[{engine.kind}\]'"):
