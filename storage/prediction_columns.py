@@ -53,6 +53,11 @@ class PredictionReference:
         )
 
     @property
+    def shard(self) -> str:
+        """Digest of the shard, which names the file."""
+        return self.stored.name
+
+    @property
     def form(self) -> Form:
         """How probabilities are stored."""
         return "full" if self.k is None else "top_k"

@@ -204,10 +204,9 @@ def write_selections(
     Returns: the number of shards written now.
     """
     inputs.assert_next("write")
-    corpus = load_corpus(store, inputs.corpus)
 
     def write(stem: str) -> bool:
-        digest = corpus.shard(stem).digest
+        digest = inputs.shards[stem].shard
         if read_record(store, specification.record_path(digest)) is not None:
             return False
         # The one pass that reads files whole: each is checked before its selection is committed.

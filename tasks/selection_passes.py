@@ -41,7 +41,6 @@ from models.thresholds import (
     threshold_values,
 )
 from models.weighting import SoftMatchConfig, moment_sums, softmatch_weights
-from storage.corpus import load_corpus
 from storage.predictions import probability_sums
 from storage.store import Store
 from tasks.distributions import dense_probs
@@ -125,9 +124,8 @@ def sum_probabilities(
     """Map: the exact sum of the calibrated probabilities, (2, C), and the number of rows."""
     inputs.assert_next("debias")
     total, num_rows = np.zeros((2, inputs.num_classes), dtype=np.int64), 0
-    corpus = load_corpus(store, inputs.corpus)
     for stem in stems:
-        record = prediction_record(store, inputs.labeler, corpus.shard(stem).digest)
+        record = prediction_record(store, inputs.labeler, inputs.shards[stem].shard)
         sums = probability_sums(record)
         if sums is not None and not inputs.gates.judges(stem):
             # Of the whole distributions, before they were cut.
