@@ -13,7 +13,8 @@ from prefect.exceptions import TerminationSignal
 
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
 from flows.guarding import guard_corpus
-from flows.labeling import label_corpus
+from flows.labeling import LabelingOrder
+from flows.mending import reading_predictions
 from flows.opening import OpenRun, refuse_without_room, trainings_of
 from flows.run_status import RunStatus, read_status, status_table, write_status_view
 from flows.selection import select_pseudo_labels
@@ -109,40 +110,36 @@ class RunDriver:
 
     def label(self, teacher: ModelRef, round_index: int) -> None:
         """Label the corpus with the teacher; before it dev, where that calibrates the labels."""
+        *of_dev, of_corpus = self._labelings(teacher, round_index)
+        for one in of_dev:
+            self._carry_out(one.specification, round_index, "label", one.run)
+        self._carry_out(of_corpus.specification, round_index, "label", of_corpus.run, reads=of_dev)
+
+    def _labelings(self, teacher: ModelRef, round_index: int) -> list[LabelingOrder]:
+        """Return the labellings of a round: of dev, where that calibrates, and of the corpus."""
         config = self.run.config.labeling
         title = f"round {round_index} · label"
-        if self.graph.labels_dev:
-            specification = self.graph.calibration(teacher)
-            self._label(specification, teacher, config.for_dev(), f"{title} dev", round_index)
-        self._label(self.graph.label(teacher), teacher, config, title, round_index)
 
-    def _label(
-        self,
-        specification: Specification,
-        teacher: ModelRef,
-        config: LabelingConfig,
-        title: str,
-        round_index: int,
-    ) -> None:
-        self._carry_out(
-            specification,
-            round_index,
-            "label",
-            lambda: label_corpus.with_options(flow_run_name=title)(
-                store=self.run.store.url,
-                model=teacher.fingerprint,
-                corpus=specification.inputs["corpus"],
-                config=config,
-                class_names=list(self.run.pins.class_names),
-                device=self.run.config.device,
-                max_bad_samples=self.run.config.max_bad_samples,
-                engine=self.run.config.engine,
-                label=title,
-                artifact=self._artifact(round_index, "label"),
-                validation=self.graph.calibration(teacher).fingerprint,
-                return_state=True,
-            ),
-        )
+        def of(specification: Specification, config: LabelingConfig, title: str) -> LabelingOrder:
+            arguments: dict[str, Any] = {
+                "store": self.run.store.url,
+                "model": teacher.fingerprint,
+                "corpus": specification.inputs["corpus"],
+                "config": config,
+                "class_names": list(self.run.pins.class_names),
+                "device": self.run.config.device,
+                "max_bad_samples": self.run.config.max_bad_samples,
+                "engine": self.run.config.engine,
+                "label": title,
+                "artifact": self._artifact(round_index, "label"),
+                "validation": self.graph.calibration(teacher).fingerprint,
+            }
+            return LabelingOrder(specification, title, arguments)
+
+        found = [of(self.graph.label(teacher), config, title)]
+        if self.graph.labels_dev:
+            found.insert(0, of(self.graph.calibration(teacher), config.for_dev(), f"{title} dev"))
+        return found
 
     def guard(self, round_index: int) -> None:
         """Find copies of dev and test images in the corpus, once a run and if it is asked for."""
@@ -190,6 +187,7 @@ class RunDriver:
                 leaks=None if guard is None else guard.fingerprint,
                 return_state=True,
             ),
+            reads=self._labelings(teacher, round_index),
         )
 
     def train_student(self, teacher: ModelRef, round_index: int) -> ModelRef:
@@ -332,8 +330,18 @@ class RunDriver:
         round_index: int,
         role: str,
         compute: Callable[[], Any],
+        *,
+        reads: Sequence[LabelingOrder] = (),
     ) -> Manifest:
-        """Record the reference, run the stage, record its end; return the committed result."""
+        """Record the reference, run the stage, record its end; return the committed result.
+
+        Args:
+            specification: of the stage.
+            round_index: that it belongs to.
+            role: of the stage in its round.
+            compute: runs it and returns its final state.
+            reads: labellings whose predictions it reads; damaged ones are made again.
+        """
         facts = {
             "kind": specification.kind,
             "role": role,
@@ -345,8 +353,17 @@ class RunDriver:
         # Before it is used, so that garbage collection sees what a run is about to need.
         append_event(self.run.store, self.run.name, "stage_referenced", **facts)
         started = time.monotonic()
-        state = compute()
-        state.result()
+
+        def succeed() -> Any:
+            state = compute()
+            state.result()
+            return state
+
+        def mend() -> None:
+            for one in reads:
+                one.mend()
+
+        state = reading_predictions(succeed, mend, log=get_run_logger())
         manifest = specification.result(self.run.store)
         if manifest is None:
             raise RuntimeError(

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from tasks.live_progress import LiveProgress
 from tasks.policies import GPU_LEASE_SECONDS, GPU_LIMIT
 from tasks.predicting import Cut
 from tasks.shard_groups import group_shards, work_of
+from tasks.specifications import Specification
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
 # A process needs seconds to start, which is the work of so many images.
@@ -49,6 +50,7 @@ def label_corpus(
     artifact: str = "label",
     validation: str | None = None,
     more_models: list[str] | None = None,
+    mend: bool = False,
 ) -> Reference | State:
     """Label every shard of a corpus that the model, or the ensemble, has not labelled yet.
 
@@ -68,6 +70,9 @@ def label_corpus(
             predictions, of dev's labelling under `config.for_dev()`.
         more_models: fingerprints of further teachers, whose predictions are averaged with the
             first one's; class orders are matched by name, and the order of teachers means nothing.
+        mend: look at all predictions, though the labelling may be finished, and make lost and
+            damaged ones again. Every object is read for it, whatever `config.verify` says.
+    Raises: ManifestMismatch where mended predictions are not those that a finished labelling names.
     """
     started = time.monotonic()
     opened = open_store(store)
@@ -75,11 +80,12 @@ def label_corpus(
     models = [model, *(more_models or [])]
     labeler, class_names = labeler_of(opened, models, config, class_names, validation=validation)
     specification = labeling.specify(labeler=labeler, corpus=corpus)
-    there = reused(opened, specification)
+    there = None if mend else reused(opened, specification)
     if there is not None:
         return there
     whole = load_corpus(opened, corpus)
-    missing = labeling.shards_to_label(opened, labeler, whole, verify=config.verify)
+    verify = "full" if mend else config.verify
+    missing = labeling.shards_to_label(opened, labeler, whole, verify=verify)
     progress = _LabelingProgress(
         LiveProgress(label, "images", key=artifact),
         done=whole.num_samples - sum(shard.num_samples for shard in missing),
@@ -104,6 +110,31 @@ def label_corpus(
         )
         _label_all(job, missing, engine, progress)
     return reference(labeling.finish(opened, specification, seconds=time.monotonic() - started))
+
+
+@dataclass(frozen=True)
+class LabelingOrder:
+    """A labelling of a run.
+
+    Attributes:
+        specification: of the stage.
+        title: of the flow run.
+        arguments: of `label_corpus`.
+    """
+
+    specification: Specification
+    title: str
+    arguments: Mapping[str, Any]
+
+    def run(self) -> State:
+        """Label what is not labelled yet, and return the final state."""
+        label = label_corpus.with_options(flow_run_name=self.title)
+        return label(**self.arguments, return_state=True)
+
+    def mend(self) -> None:
+        """Label again what was lost or damaged since."""
+        label = label_corpus.with_options(flow_run_name=f"{self.title} (mending)")
+        label(**self.arguments, mend=True)
 
 
 def labeler_of(

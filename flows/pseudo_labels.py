@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from flows.evaluation import evaluate_model
 from flows.guarding import guard_corpus
 from flows.labeling import label_corpus
+from flows.mending import reading_predictions
 from flows.selection import select_pseudo_labels
 from models.near_duplicates import NearDuplicatesConfig
 from tasks.devices import DeviceChoice
@@ -28,6 +29,7 @@ def pseudo_labels(
     seed: int = 0,
     device: DeviceChoice = "auto",
     max_bad_samples: int = 0,
+    mend: bool = False,
 ) -> dict[str, str]:
     """Label what is not labelled yet, and select from it.
 
@@ -45,13 +47,15 @@ def pseudo_labels(
         seed: of the draws that round copies.
         device: where to compute.
         max_bad_samples: undecodable images that a shard may hold.
+        mend: look for lost and damaged predictions of what is labelled already. Where labelling
+            or selecting meets some, it is done anyway.
 
     Returns: fingerprints by kind of stage: label and, where it was asked for, select.
     """
     labeling = labeling or LabelingConfig()
     first, *others = models
 
-    def label(one: str, config: LabelingConfig, validation: str | None) -> str:
+    def label(one: str, config: LabelingConfig, validation: str | None, *, mend: bool) -> str:
         reference: Any = label_corpus(
             store=store,
             model=first,
@@ -62,9 +66,28 @@ def pseudo_labels(
             device=device,
             max_bad_samples=max_bad_samples,
             validation=validation,
+            mend=mend,
         )
         return reference["fingerprint"]
 
+    def label_dev_split(dev: str, *, mend: bool) -> str:
+        return label(dev, labeling.for_dev(), None, mend=mend)
+
+    def label_all(*, mend: bool) -> str:
+        validation = None if label_dev is None else calibrations[label_dev]
+        return label(corpus, labeling, validation, mend=mend)
+
+    def mend_dev() -> None:
+        if not is_clean:
+            for dev in calibrations:
+                label_dev_split(dev, mend=True)
+
+    def mend_all() -> None:
+        mend_dev()
+        label_all(mend=True)
+
+    is_clean = labeling.is_clean(len(models))
+    log = get_run_logger()
     calibrations: dict[str, str] = {}
     read_by_rules = None
     if selection is not None and selection.reads_validation:
@@ -72,7 +95,7 @@ def pseudo_labels(
     for dev in (label_dev, read_by_rules):
         if dev is None or dev in calibrations:
             continue
-        if labeling.is_clean(len(models)):
+        if is_clean:
             validated: Any = evaluate_model(
                 store=store,
                 model=first,
@@ -84,8 +107,8 @@ def pseudo_labels(
             )
             calibrations[dev] = validated["fingerprint"]
         else:  # what predicts dev is what labels: several views, teachers or passes
-            calibrations[dev] = label(dev, labeling.for_dev(), None)
-    labels = label(corpus, labeling, None if label_dev is None else calibrations[label_dev])
+            calibrations[dev] = label_dev_split(dev, mend=mend)
+    labels = reading_predictions(lambda: label_all(mend=mend), mend_dev, log=log)
     found = {"label": labels}
     if selection is not None:
         leaks = None
@@ -99,15 +122,20 @@ def pseudo_labels(
                 max_bad_samples=max_bad_samples,
             )
             leaks = guarded["fingerprint"]
-        selected: Any = select_pseudo_labels(
-            store=store,
-            labeling=labels,
-            validation="none" if read_by_rules is None else calibrations[read_by_rules],
-            class_names=class_names,
-            config=selection,
-            seed=seed,
-            labeled=labeled,
-            leaks=leaks,
+        rules = selection
+        selected: Any = reading_predictions(
+            lambda: select_pseudo_labels(
+                store=store,
+                labeling=labels,
+                validation="none" if read_by_rules is None else calibrations[read_by_rules],
+                class_names=class_names,
+                config=rules,
+                seed=seed,
+                labeled=labeled,
+                leaks=leaks,
+            ),
+            mend_all,
+            log=log,
         )
         found["select"] = selected["fingerprint"]
     return found

@@ -4,6 +4,7 @@ Both keep their work in a store, as runs do, and call the flows of runs: a stop 
 shard in hand, and a corpus that grew costs its new shards.
 """
 
+import logging
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from typing import Any
 import flows.running
 from flows.corpora import index_corpus, without_keys
 from flows.loading import ConfigError
+from flows.mending import reading_predictions
 from flows.opening import check_labels
 from flows.pseudo_labels import pseudo_labels
 from flows.run_status import read_status
@@ -32,6 +34,8 @@ from tasks.publishing import (
 )
 from tasks.selection_config import SelectionConfig
 from tasks.specifications import finished_result
+
+_log = logging.getLogger(__name__)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _SAME_COMMAND = "the same command"
@@ -112,35 +116,44 @@ def label_alone(
         )
         label_dev = None if dev is None else _labeled_split(store, dev, "--dev")
     class_names = list(read_description(store, fingerprints[0]).class_names)
-    found, _ = flows.running.run_flow(
-        lambda: pseudo_labels(
-            store=store.url,
-            models=fingerprints,
-            corpus=corpus.digest,
-            class_names=class_names,
-            labeling=config,
-            label_dev=label_dev,
-            device=device,
-            max_bad_samples=max_bad_samples,
-            return_state=True,
-        ),
-        go_on=_SAME_COMMAND,
-    )
-    with showing_progress():
-        return publish_predictions(
-            store,
-            finished_result(store, "label", found["label"]),
-            corpus,
-            out,
-            class_names=class_names,
-            facts={
-                "models": fingerprints,
-                "labeling_config": config.model_dump(mode="json"),
-                "dev": label_dev,
-                "max_bad_samples": max_bad_samples,
-            },
-            has_log_probs=has_log_probs,
+
+    def label(*, mend: bool = False) -> dict[str, str]:
+        found, _ = flows.running.run_flow(
+            lambda: pseudo_labels(
+                store=store.url,
+                models=fingerprints,
+                corpus=corpus.digest,
+                class_names=class_names,
+                labeling=config,
+                label_dev=label_dev,
+                device=device,
+                max_bad_samples=max_bad_samples,
+                mend=mend,
+                return_state=True,
+            ),
+            go_on=_SAME_COMMAND,
         )
+        return found
+
+    def publish() -> Publication:
+        with showing_progress():
+            return publish_predictions(
+                store,
+                finished_result(store, "label", found["label"]),
+                corpus,
+                out,
+                class_names=class_names,
+                facts={
+                    "models": fingerprints,
+                    "labeling_config": config.model_dump(mode="json"),
+                    "dev": label_dev,
+                    "max_bad_samples": max_bad_samples,
+                },
+                has_log_probs=has_log_probs,
+            )
+
+    found = label()
+    return reading_predictions(publish, lambda: label(mend=True), log=_log)
 
 
 def read_labels(predictions: str) -> dict[str, Any]:
@@ -211,35 +224,44 @@ def select_alone(
             f"out_of_domain: {config.out_of_domain.kind} and leak_guard:"
             f" {config.leak_guard.kind} read images that are not trained on: give them with --dev"
         )
-    found, _ = flows.running.run_flow(
-        lambda: pseudo_labels(
-            store=store.url,
-            models=index["models"],
-            corpus=corpus.digest,
-            class_names=class_names,
-            labeling=LabelingConfig.model_validate(index["labeling_config"]),
-            selection=config,
-            label_dev=index["dev"],
-            select_dev=select_dev if reads_dev else None,
-            labeled=counted,
-            seed=seed,
-            device=device,
-            max_bad_samples=index["max_bad_samples"],
-            return_state=True,
-        ),
-        go_on=_SAME_COMMAND,
-    )
-    with showing_progress():
-        return publish_selection(
-            store,
-            finished_result(store, "label", found["label"]),
-            finished_result(store, "select", found["select"]),
-            corpus,
-            out,
-            class_names=class_names,
-            facts={"models": index["models"], "calibration": config.calibration},
-            has_rejected=has_rejected,
+
+    def select(*, mend: bool = False) -> dict[str, str]:
+        found, _ = flows.running.run_flow(
+            lambda: pseudo_labels(
+                store=store.url,
+                models=index["models"],
+                corpus=corpus.digest,
+                class_names=class_names,
+                labeling=LabelingConfig.model_validate(index["labeling_config"]),
+                selection=config,
+                label_dev=index["dev"],
+                select_dev=select_dev if reads_dev else None,
+                labeled=counted,
+                seed=seed,
+                device=device,
+                max_bad_samples=index["max_bad_samples"],
+                mend=mend,
+                return_state=True,
+            ),
+            go_on=_SAME_COMMAND,
         )
+        return found
+
+    def publish() -> Publication:
+        with showing_progress():
+            return publish_selection(
+                store,
+                finished_result(store, "label", found["label"]),
+                finished_result(store, "select", found["select"]),
+                corpus,
+                out,
+                class_names=class_names,
+                facts={"models": index["models"], "calibration": config.calibration},
+                has_rejected=has_rejected,
+            )
+
+    found = select()
+    return reading_predictions(publish, lambda: select(mend=True), log=_log)
 
 
 def _labeled_split(store: Store, pattern: str, named: str) -> str:

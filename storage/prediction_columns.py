@@ -6,7 +6,8 @@ checked by its sha256 where it is read whole: by the pass that writes from it, s
 that came of it is committed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,27 @@ from storage.manifest import StoredObject, read_stored
 from storage.parquet_files import column, matrix, open_table
 from storage.prediction_files import predictions_schema
 from storage.prediction_values import Form, Listed
-from storage.store import Store
+from storage.store import CorruptObject, Store
 
 _LISTS = ("class_ids", "log_probs")
+
+
+class DamagedPredictions(CorruptObject):
+    """Predictions that were recorded are lost, or not what was written.
+
+    Labelling the shard again mends them: see `storage/damaged_predictions.py`.
+    """
+
+
+@contextmanager
+def telling_damage() -> Iterator[None]:
+    """Raise DamagedPredictions where a file of predictions is not there or has other bytes."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedPredictions(f"recorded predictions are lost: {error}") from error
+    except CorruptObject as error:
+        raise DamagedPredictions(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +92,30 @@ class PredictionColumns:
             store: where it is.
             reference: of it.
             verify: read it whole and check its sha256, not the checksums of its pages alone.
-        Raises: CorruptObject; ValueError for another schema or count.
+        Raises: DamagedPredictions; ValueError for another schema or count.
         """
         self.reference = reference
         schema = predictions_schema(
             reference.num_classes, k=reference.k, optional=reference.optional
         )
         self._names: list[str] = schema.names
-        whole = read_stored(store, reference.stored) if verify else None
-        self._file = open_table(
-            store, reference.stored, whole, schema=schema, num_rows=reference.num_samples
-        )
+        with telling_damage():
+            whole = read_stored(store, reference.stored) if verify else None
+            self._file = open_table(
+                store, reference.stored, whole, schema=schema, num_rows=reference.num_samples
+            )
         self._where = store.url_of(reference.stored.path)
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Return name -> column: `key` as a `KeyColumn`, others of one value a row as (N,) arrays.
 
-        Raises: ValueError for a column that is not there, and for lists: see `probabilities`.
+        Raises: DamagedPredictions; ValueError for a column that is not there, and for lists: see
+            `probabilities`.
         """
         if unknown := [name for name in names if name not in self._names or name in _LISTS]:
             known = [name for name in self._names if name not in _LISTS]
             raise ValueError(f"{self._where}: unknown columns {unknown}; there are {known}")
-        table = self._file.read(names)
+        table = self._read(names)
         return {
             name: KeyColumn(table.column(name)) if name == "key" else column(table, name)
             for name in names
@@ -104,12 +125,16 @@ class PredictionColumns:
         """Return the log-probabilities, (N, C) or (N, k), and the classes of the latter."""
         k = self.reference.k
         if k is None:
-            return matrix(self._file.read(["log_probs"]), "log_probs"), None
-        table = self._file.read(["class_ids", "log_probs", "rest_mass"])
+            return matrix(self._read(["log_probs"]), "log_probs"), None
+        table = self._read(["class_ids", "log_probs", "rest_mass"])
         listed = Listed(
             matrix(table, "class_ids"), column(table, "rest_mass"), self.reference.num_classes
         )
         return matrix(table, "log_probs"), listed
+
+    def _read(self, names: Sequence[str]) -> Any:
+        with telling_damage():
+            return self._file.read(names)
 
 
 def read_columns(

@@ -15,13 +15,19 @@ from storage import crash_points, manifest
 from storage.addresses import prediction_folder
 from storage.array_text import from_text, to_text
 from storage.manifest import (
+    CorruptRecord,
     check_identity,
     check_schema,
     create_record,
     put_object,
     read_stored,
 )
-from storage.prediction_columns import PredictionReference, read_columns
+from storage.prediction_columns import (
+    DamagedPredictions,
+    PredictionReference,
+    read_columns,
+    telling_damage,
+)
 from storage.prediction_files import (
     SCHEMA_VERSION,
     TOP_K_VERSION,
@@ -42,11 +48,13 @@ __all__ = [
     "SCHEMA_VERSION",
     "TOP_K_VERSION",
     "UNKNOWN_LABEL",
+    "DamagedPredictions",
     "Form",
     "Listed",
     "Predictions",
     "check_predictions",
     "from_parquet",
+    "prediction_record",
     "predictions_schema",
     "probability_sums",
     "read_columns",
@@ -127,6 +135,24 @@ def read_record(store: Store, labeler: str, shard_digest: str) -> dict[str, Any]
     return _checked_record(body, labeler, shard_digest, store.url_of(path))
 
 
+def prediction_record(store: Store, labeler: str, shard_digest: str) -> dict[str, Any]:
+    """Return the record of a shard's predictions, which a finished labelling has of all its shards.
+
+    Raises: DamagedPredictions if there is none, or if it is damaged.
+    """
+    try:
+        record = read_record(store, labeler, shard_digest)
+    except CorruptRecord as error:
+        raise DamagedPredictions(str(error)) from error
+    if record is None:
+        raise DamagedPredictions(
+            f"{store.url_of(record_path(labeler, shard_digest))}: no prediction of labeler"
+            f" {labeler[:12]} for shard {shard_digest[:12]}; the labelling is not finished or was"
+            " deleted: run the labelling again"
+        )
+    return record
+
+
 def _checked_record(
     body: dict[str, Any], labeler: str, shard_digest: str, where: str
 ) -> dict[str, Any]:
@@ -153,11 +179,14 @@ def _encoded(prob_sums: NDArray[np.int64], num_classes: int) -> str:
 def read_predictions(store: Store, record: Mapping[str, Any]) -> Predictions:
     """Read and verify what a record names.
 
-    Raises: CorruptObject for other bytes; ValueError for another schema, count or bad values.
+    Raises: DamagedPredictions for other bytes or none; ValueError for another schema, count or bad
+        values.
     """
     found = PredictionReference.of(record)
+    with telling_damage():
+        data = read_stored(store, found.stored)
     return from_parquet(
-        read_stored(store, found.stored),
+        data,
         num_samples=found.num_samples,
         num_classes=found.num_classes,
         where=store.url_of(found.stored.path),

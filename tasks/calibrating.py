@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from models.calibration import fit_temperature, platt_smoothing
 from storage.corpus import load_corpus
 from storage.manifest import Manifest
-from storage.predictions import UNKNOWN_LABEL, read_predictions, read_record
+from storage.predictions import UNKNOWN_LABEL, prediction_record, read_predictions
 from storage.store import Store
 from tasks.evaluation import read_evaluation_predictions
 from tasks.specifications import finished_result, read_result
@@ -26,7 +26,8 @@ def read_dev_predictions(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return (N, C) log-probabilities and (N,) true labels of dev.
 
-    Raises: ValueError for a labelling of images without labels, or in the top_k form.
+    Raises: DamagedPredictions; ValueError for a labelling of images without labels, or in the top_k
+        form.
     """
     if manifest.kind != "label":
         dev = read_evaluation_predictions(store, manifest)
@@ -35,9 +36,7 @@ def read_dev_predictions(
     log_probs: list[NDArray[np.float64]] = []
     truth: list[NDArray[np.int64]] = []
     for shard in load_corpus(store, corpus).shards:
-        record = read_record(store, labeler, shard.digest)
-        assert record is not None, "a finished labelling has a record of every shard"
-        part = read_predictions(store, record)
+        part = read_predictions(store, prediction_record(store, labeler, shard.digest))
         if part.form != "full" or (part.true_label == UNKNOWN_LABEL).any():
             raise ValueError(
                 f"labelling {manifest.fingerprint[:12]} cannot calibrate: shard {shard.stem} has"

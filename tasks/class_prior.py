@@ -1,7 +1,6 @@
 """The mean prediction of a teacher over the unlabelled corpus: the prior of the adaptive margin."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from storage.addresses import labeling_folder
 from storage.corpus import Shard, load_corpus
 from storage.manifest import Manifest, create_record
 from storage.manifest import read_record as read_sealed
-from storage.predictions import probability_sums, read_predictions, read_record
+from storage.predictions import prediction_record, probability_sums, read_predictions
 from storage.store import Store
 
 _SCHEMA = 1
@@ -52,9 +51,7 @@ def _mean(store: Store, labeling: Manifest) -> list[float]:
     corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
 
     def sums_of(shard: Shard) -> tuple[NDArray[np.int64], int]:
-        record: dict[str, Any] | None = read_record(store, labeler, shard.digest)
-        if record is None:
-            raise ValueError(f"the predictions for shard {shard.stem} are gone: label it again")
+        record = prediction_record(store, labeler, shard.digest)
         sums = probability_sums(record)
         if sums is not None:
             return sums, record["num_samples"]

@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 
 from storage.corpus import Corpus, Shard, load_locations, read_samples
 from storage.manifest import Manifest
-from storage.predictions import Predictions, read_predictions
+from storage.predictions import Predictions, prediction_record, read_predictions
 from storage.samples import sample_key
 from storage.selections import Reason, Selection
 from storage.store import Store
 from tasks.judged_predictions import calibrated_confidences, is_debiased, judged
 from tasks.report_formats import words
 from tasks.selection import read_summary
-from tasks.selection_rows import prediction_record
 from tasks.shard_openers import read_chosen
 
 TOP_CLASSES = 3

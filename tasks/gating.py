@@ -22,12 +22,13 @@ from models.randomness import Block, uniforms
 from storage.corpus import load_corpus
 from storage.manifest import Manifest
 from storage.prediction_columns import PredictionColumns, PredictionReference
+from storage.predictions import prediction_record
 from storage.store import Store
 from tasks.evaluation import read_evaluation_predictions
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import Gates, leaked_keys, outputs_of
 from tasks.selection_passes import Mapped
-from tasks.selection_rows import Rows, SelectionInputs, prediction_record
+from tasks.selection_rows import Rows, SelectionInputs
 
 _SAMPLED_ROWS = 20_000
 """Rows of the corpus that a gate is fitted on, about."""

@@ -1,7 +1,7 @@
 """Label a corpus: one Parquet of predictions per shard, addressed by labeler and shard content."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ from storage.addresses import (
 )
 from storage.corpus import Corpus, Shard, load_corpus, load_locations, read_samples
 from storage.damaged_predictions import Verification, read_whole_record
-from storage.manifest import InputReference, Manifest, commit_manifest, create_record
+from storage.manifest import (
+    InputReference,
+    Manifest,
+    ManifestMismatch,
+    commit_manifest,
+    create_record,
+)
 from storage.manifest import read_record as read_stored_record
 from storage.predictions import (
     SCHEMA_VERSION,
@@ -35,7 +41,7 @@ from tasks.overlapping import read_ahead, write_behind
 from tasks.predicting import Cut, OpenShard, Predicted, predict_shards
 from tasks.shard_items import BadSampleBudget
 from tasks.shard_records import read_of_each
-from tasks.specifications import Specification
+from tasks.specifications import Specification, folder_of
 
 VERSION = 1
 LABELER_VERSION = 2
@@ -239,7 +245,13 @@ class _Truth:
 
 
 def finish(store: Store, specification: Specification, *, seconds: float) -> Manifest:
-    """Commit a labelling once every shard of the corpus has its record."""
+    """Commit a labelling once every shard of the corpus has its record.
+
+    One that is finished already, and was mended, stays as it is.
+
+    Raises: ValueError if a record is missing; ManifestMismatch if a mended shard's record is not
+        the one that the finished labelling names.
+    """
     labeler = specification.inputs["labeler"]
     corpus = load_corpus(store, specification.inputs["corpus"])
     found = read_of_each(corpus.shards, lambda s: read_record(store, labeler, s.digest))
@@ -250,9 +262,13 @@ def finish(store: Store, specification: Specification, *, seconds: float) -> Man
             f" have no record, first {missing[0]}; run it again to label them"
         )
     records = [(shard, record) for shard, record in found if record is not None]
+    there = specification.result(store)
+    if there is not None:
+        check_records(store, there, records)
+        return there
     shards = {
         shard.stem: {
-            "record_sha256": sha256_hex(canonical_json(record)),
+            "record_sha256": _checksum(record),
             "num_samples": record["num_samples"],
         }
         for shard, record in records
@@ -281,3 +297,32 @@ def finish(store: Store, specification: Specification, *, seconds: float) -> Man
     )
     provenance.record(store, specification.folder, seconds=seconds, device=None)
     return commit_manifest(store, specification.folder, manifest)
+
+
+def check_records(
+    store: Store, labeling: Manifest, records: Iterable[tuple[Shard, Mapping[str, Any]]]
+) -> None:
+    """Check that predictions are still those that a finished labelling names.
+
+    They are others where a shard was labelled again because its predictions were lost or damaged,
+    and came out otherwise, as they do on another type of device.
+
+    Raises: ManifestMismatch.
+    """
+    named = labeling.counts["shards"]
+    checksums = ((shard.stem, _checksum(record)) for shard, record in records)
+    others = [(stem, found) for stem, found in checksums if found != named[stem]["record_sha256"]]
+    if others:
+        stem, found = others[0]
+        folder = store.url_of(folder_of(labeling.kind, labeling.fingerprint))
+        raise ManifestMismatch(
+            f"{folder}/manifest.json: the predictions of {len(others)} shards are not those that it"
+            f" names; first {stem}: record {named[stem]['record_sha256']} is named, {found} is"
+            " there. They were labelled again, on another type of device or under other library"
+            f" versions than {folder}/provenance.json tells of. Delete the manifest to go on from"
+            " what is there now"
+        )
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return sha256_hex(canonical_json(record))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from storage.predictions import DamagedPredictions
 from tasks.guarding import GuardStopped
 from tasks.label_processes import LabelWorkerLost
 from tasks.label_worker import REFUSALS
@@ -27,7 +28,7 @@ def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when run again; for `retry_condition_fn`."""
     try:
         state.result()
-    except (*REFUSALS, *_STOPPED, TrainingNotSeen, LabelWorkerLost):
+    except (*REFUSALS, *_STOPPED, TrainingNotSeen, LabelWorkerLost, DamagedPredictions):
         return False
     except Exception:
         pass  # whatever else it was, it may have been the machine

@@ -23,14 +23,14 @@ from storage.objects import (
     read_object,
     write_object,
 )
-from storage.predictions import read_predictions
+from storage.prediction_columns import telling_damage
+from storage.predictions import prediction_record, read_predictions
 from storage.published import published_predictions, published_selection
 from storage.selections import from_parquet
 from storage.store import Store
 from tasks.judged_predictions import judged
 from tasks.progress import Progress, report
 from tasks.selection import read_summary
-from tasks.selection_rows import prediction_record
 from tasks.shard_records import read_of_each
 
 INDEX_SCHEMA = 1
@@ -153,9 +153,10 @@ def publish_predictions(
     objects = {shard.digest: StoredObject(**record["object"]) for shard, record in found}
 
     def write(part: Part) -> bytes:
-        stored = objects[part.digest]
+        with telling_damage():
+            data = read_stored(store, objects[part.digest])
         return published_predictions(
-            read_stored(store, stored),
+            data,
             stem=part.stem,
             class_names=class_names,
             has_log_probs=has_log_probs,

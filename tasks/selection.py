@@ -39,15 +39,16 @@ from storage.manifest import (
     read_stored,
 )
 from storage.prediction_columns import PredictionReference
-from storage.predictions import Form
+from storage.predictions import Form, prediction_record
 from storage.selections import Reason, Selection, to_parquet
 from storage.store import Store
 from tasks import provenance
 from tasks.calibrating import read_dev_predictions
 from tasks.classifiers import class_order
 from tasks.distributions import Calibration
+from tasks.labeling import check_records
 from tasks.selection_config import SelectionConfig
-from tasks.selection_rows import Rows, SelectionInputs, prediction_record
+from tasks.selection_rows import Rows, SelectionInputs
 from tasks.selection_summary import ShardCounts, check_selection_is_sound, summarize
 from tasks.shard_records import read_of_each
 from tasks.specifications import Specification
@@ -101,10 +102,14 @@ def specify(
 
 
 def begin(store: Store, specification: Specification, labeling: Manifest) -> SelectionInputs:
-    """Return what every step starts from; raises ValueError where predictions are missing."""
+    """Return what every step starts from.
+
+    Raises: DamagedPredictions where some are gone; ManifestMismatch where they are not those of the
+        labelling.
+    """
     corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
     labeler = labeling.inputs["labeler"].fingerprint
-    shards = _prediction_references(store, labeler, corpus)
+    shards = _prediction_references(store, labeling, corpus)
     settings = specification.settings
     return SelectionInputs(
         corpus.digest,
@@ -181,14 +186,15 @@ def _calibration(
 
 
 def _prediction_references(
-    store: Store, labeler: str, corpus: Corpus
+    store: Store, labeling: Manifest, corpus: Corpus
 ) -> dict[str, PredictionReference]:
     """Return stem -> where a shard's predictions are, of all shards."""
-    found = read_of_each(
-        corpus.shards,
-        lambda shard: PredictionReference.of(prediction_record(store, labeler, shard.digest)),
+    labeler = labeling.inputs["labeler"].fingerprint
+    records = read_of_each(
+        corpus.shards, lambda shard: prediction_record(store, labeler, shard.digest)
     )
-    return {shard.stem: reference for shard, reference in found}
+    check_records(store, labeling, records)
+    return {shard.stem: PredictionReference.of(record) for shard, record in records}
 
 
 def write_selections(

@@ -41,11 +41,11 @@ from models.thresholds import (
     threshold_values,
 )
 from models.weighting import SoftMatchConfig, moment_sums, softmatch_weights
-from storage.predictions import probability_sums
+from storage.predictions import prediction_record, probability_sums
 from storage.store import Store
 from tasks.distributions import dense_probs
 from tasks.selection_config import SelectionConfig
-from tasks.selection_rows import Rows, SelectionInputs, prediction_record
+from tasks.selection_rows import Rows, SelectionInputs
 
 _POOLED_ROWS = 2**18
 

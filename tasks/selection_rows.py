@@ -13,7 +13,6 @@ from models.top_k_probs import TopKProbs
 from models.weighting import FinishedWeighting, SoftMatchWeights, weights_of
 from storage.key_columns import KeyColumn
 from storage.prediction_columns import PredictionColumns, PredictionReference
-from storage.predictions import read_record
 from storage.samples import sample_key
 from storage.selections import Reason
 from storage.store import Store
@@ -235,17 +234,3 @@ class Rows:
 
 def _not_asked() -> NDArray[np.floating]:
     raise AssertionError("only SoftMatch asks for log-probabilities")
-
-
-def prediction_record(store: Store, labeler: str, shard_digest: str) -> dict[str, Any]:
-    """Return the record of a shard's predictions.
-
-    Raises: ValueError if there is none.
-    """
-    record = read_record(store, labeler, shard_digest)
-    if record is None:
-        raise ValueError(
-            f"selection: no prediction of labeler {labeler[:12]} for shard {shard_digest[:12]};"
-            " the labelling is not finished or was deleted: run the labelling again"
-        )
-    return record

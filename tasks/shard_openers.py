@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from models.randomness import hash_keys
 from storage.corpus import Corpus, Locations, Shard, load_locations, read_samples
 from storage.manifest import Manifest, StoredObject, read_stored
-from storage.predictions import read_columns, read_record
+from storage.predictions import prediction_record, read_columns
 from storage.samples import RawSample, iterate_samples, sample_key
 from storage.selections import Selection, from_parquet
 from storage.shard_cache import CacheTooSmall, ShardCache
@@ -240,8 +240,7 @@ def selected_opener(reader: ShardReader, data: SelectedData, budget_of: BudgetOf
 def _confidences(data: SelectedData, digest: str, keys: list[str]) -> NDArray[np.float32]:
     """Return the labeller's confidences of some samples of a shard, before any calibration."""
     labeler = data.labeling.inputs["labeler"].fingerprint
-    record = read_record(data.store, labeler, digest)
-    assert record is not None, "a finished labelling has the predictions of all its shards"
+    record = prediction_record(data.store, labeler, digest)
     columns = read_columns(data.store, record, ("key", "confidence"))
     by_key = dict(zip(columns["key"].tolist(), columns["confidence"].tolist(), strict=True))
     return np.array([by_key[key] for key in keys], np.float32)

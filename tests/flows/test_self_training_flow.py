@@ -24,8 +24,9 @@ from flows.training import train_model
 from models.description import weights_from_bytes
 from storage.corpus import load_corpus
 from storage.manifest import read_manifest, read_stored
+from storage.predictions import DamagedPredictions
 from storage.runs import RunExists, list_runs, read_events, read_run_config
-from storage.store import Store, open_store
+from storage.store import CorruptObject, Store, open_store
 from tasks import labeling
 from tasks.classifiers import ClassesMismatch, model_manifest
 from tasks.evaluation import read_evaluation_predictions
@@ -357,6 +358,52 @@ def test_rounds_without_a_gain_in_dev_accuracy_end_the_run(
     assert (status.state, status.stop_reason) == ("done", "no_dev_gain")
     assert [one.round_index for one in status.rounds] == [0, 1, 2]
     assert status.model_fingerprint() == finished.status.model_fingerprint()
+
+
+def test_damaged_predictions_of_a_finished_labelling_are_made_again_by_the_run(
+    finished: Finished, tiny_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(finished.folder, folder)
+    store = open_store(str(folder))
+    labels = read_result(store, "label", finished.fingerprint("label", 1))
+    assert labels is not None
+    labeler = labels.inputs["labeler"].fingerprint
+    objects = sorted((folder / "predictions" / labeler).glob("*.parquet"))
+    whole = {path: path.read_bytes() for path in objects}
+    lost, flipped, *untouched = objects
+    times = [path.stat().st_mtime_ns for path in untouched]
+    lost.unlink()
+    flipped.write_bytes(whole[flipped][:-20] + b"x" + whole[flipped][-19:])
+    other_rules = ["rounds=1", "baseline=false", "selection.threshold.confidence=0.5"]
+
+    self_training(tiny_config(folder, *other_rules, name="mended"))
+
+    status = read_status(store, "mended")
+    assert status.state == "done"
+    stages = {stage["kind"]: stage["state"] for stage in status.rounds[1].stages}
+    assert (stages["label"], stages["select"]) == ("reused", "done")
+    assert {path: path.read_bytes() for path in objects} == whole
+    assert [path.stat().st_mtime_ns for path in untouched] == times, "only what was damaged"
+    assert read_result(store, "label", labels.fingerprint) == labels
+    assert "recorded predictions are lost" in caplog.text
+    withdrawn = [line for line in caplog.messages if "is withdrawn" in line]
+    assert len(withdrawn) == 2
+
+
+def test_damage_that_is_not_of_predictions_is_not_mended(
+    finished: Finished, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(finished.folder, folder)
+    for path in (folder / "evaluations").glob("*/predictions-*.parquet"):
+        path.write_bytes(b"")
+    other_rules = ["rounds=1", "baseline=false", "selection.threshold.confidence=0.5"]
+
+    with pytest.raises(CorruptObject, match=r"evaluations/.*predictions-") as refused:
+        self_training(tiny_config(folder, *other_rules, name="broken"))
+
+    assert not isinstance(refused.value, DamagedPredictions)
 
 
 def test_collapsed_selection_fails_the_run_with_its_table_and_goes_on_only_if_allowed(

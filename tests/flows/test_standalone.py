@@ -123,6 +123,23 @@ def test_a_second_time_nothing_is_labelled_and_a_grown_corpus_costs_its_new_shar
     assert len(world.labelled) == 5
 
 
+def test_damaged_predictions_are_made_again_before_they_are_given_away(world: World) -> None:
+    world.label()
+    part = Path(world.labels, "shards", "part-unlabeled-2.parquet")
+    given_away = part.read_bytes()
+    part.unlink()
+    digest = world.lab.unlabeled.shard("unlabeled-2").digest
+    (stored,) = Path(f"{world.labels}-store").glob(f"predictions/*/{digest}-*.parquet")
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:100] + b"??" + whole[102:])
+
+    answer = world.label()
+
+    assert (answer["complete"], answer["files_written"]) == (True, 1)
+    assert world.labelled[4:] == ["unlabeled-2"]
+    assert (stored.read_bytes(), part.read_bytes()) == (whole, given_away)
+
+
 def test_files_without_log_probs_hold_scalars_alone(world: World) -> None:
     world.label("--no-log-probs")
     assert pyarrow.parquet.read_table(f"{world.labels}/shards").column_names == [

@@ -1,15 +1,27 @@
 """Predictions that were lost or damaged after they were recorded are made again, alike."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from storage.damaged_predictions import read_whole_record
-from storage.predictions import read_predictions, read_record, record_path
+from storage.manifest import ManifestMismatch
+from storage.prediction_columns import PredictionColumns, PredictionReference
+from storage.predictions import (
+    DamagedPredictions,
+    prediction_record,
+    read_predictions,
+    read_record,
+    record_path,
+    write_predictions,
+)
 from tasks import labeling
 from tasks.ensembles import Ensemble
+from tasks.selection_config import SelectionConfig
 
 
 @pytest.fixture
@@ -106,3 +118,53 @@ def test_predictions_that_come_out_otherwise_get_a_record_of_their_own(
     assert after is not None
     assert after["object"]["sha256"] != before["object"]["sha256"]
     assert read_predictions(labeled.store, after).num_samples == 10
+
+
+def test_other_predictions_than_a_finished_labelling_names_are_refused(
+    pipeline: Any, labeled: Any
+) -> None:
+    """A shard labelled again on another type of device leaves the labelling naming what is gone."""
+    teacher = pipeline.teacher.fingerprint
+    labels = labeled.label(teacher)
+    labeler, shard = labeled.labeler(teacher), labeled.unlabeled.shards[1]
+    record = read_record(labeled.store, labeler, shard.digest)
+    assert record is not None
+    same = read_predictions(labeled.store, record)
+    other = replace(same, margin=same.margin * np.float32(0.5))
+    (Path(labeled.store.url) / record_path(labeler, shard.digest)).unlink()
+    write_predictions(labeled.store, labeler, shard.digest, other, {"bad_samples": {}})
+    named = f"of 1 shards are not those that it names; first {shard.stem}: record"
+
+    with pytest.raises(ManifestMismatch, match=named):
+        labeled.label(teacher)
+    with pytest.raises(ManifestMismatch, match=named):
+        labeled.select(labels, None, SelectionConfig(calibration="none"))
+
+    (Path(labeled.store.url) / f"labelings/{labels.fingerprint}/manifest.json").unlink()
+    again = labeled.label(teacher)
+    assert (again.fingerprint, again.sha256 == labels.sha256) == (labels.fingerprint, False)
+    labeled.select(again, None, SelectionConfig(calibration="none", allow_collapse=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: path.unlink(), "recorded predictions are lost"),
+        (flip_a_bit, "sha256"),
+    ],
+    ids=["lost", "flipped"],
+)
+def test_who_reads_damaged_predictions_is_told_that_they_are(
+    pipeline: Any, labeled: Any, damage: Any, told: str
+) -> None:
+    labeler = labeled.labeler(pipeline.teacher.fingerprint)
+    shard = labeled.unlabeled.shards[2]
+    record = prediction_record(labeled.store, labeler, shard.digest)
+    damage(object_of(labeled, labeler, shard.stem))
+    with pytest.raises(DamagedPredictions, match=told):
+        read_predictions(labeled.store, record)
+    with pytest.raises(DamagedPredictions, match=told):
+        PredictionColumns(labeled.store, PredictionReference.of(record), verify=True)
+    flip_a_bit(Path(labeled.store.url) / record_path(labeler, shard.digest))
+    with pytest.raises(DamagedPredictions, match=r"damaged or was edited|not a record"):
+        prediction_record(labeled.store, labeler, shard.digest)

@@ -11,6 +11,7 @@ from models.balancing import BalanceNoneConfig, NsBinnedConfig, TopKConfig
 from models.thresholds import FixedThresholdConfig
 from storage.corpus import Corpus, Shard, save_corpus
 from storage.manifest import read_stored
+from storage.predictions import DamagedPredictions
 from storage.selections import Reason, from_parquet
 from tasks import selection
 from tasks.selection import SelectionConfig, read_summary
@@ -397,7 +398,7 @@ def test_a_prediction_that_is_gone_is_an_error_that_names_the_shard(lab):
     for path in Path(lab.store.url).glob(f"predictions/*/{'2' * 64}.json"):
         path.unlink()
     with pytest.raises(
-        ValueError, match=f"no prediction of labeler ffffffffffff for shard {'2' * 12}"
+        DamagedPredictions, match=f"no prediction of labeler ffffffffffff for shard {'2' * 12}"
     ):
         select(lab, config(), labels=labels)
 

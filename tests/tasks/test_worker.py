@@ -17,6 +17,7 @@ from models.durations import Duration
 from models.optimization import AdamWConfig
 from storage.checkpoints import newest_checkpoint
 from storage.manifest import read_manifest
+from storage.predictions import DamagedPredictions
 from tasks.children import die_with_parent
 from tasks.labeling import LabelingStopped
 from tasks.launching import TrainingFailed, TrainingRefused, launch_worker
@@ -264,6 +265,7 @@ class FakeState:
         (TooManyBadSamples("shard a"), False),
         (FileNotFoundError("shard a"), False),
         (PermissionError("store"), False),
+        (DamagedPredictions("shard a"), False),
         (KeyError("x"), False),
     ],
 )
