@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.out_of_domain import (
-    EnergyConfig,
     FinishedGate,
     OutOfDomainConfig,
     OutOfDomainNoneConfig,
@@ -19,6 +18,7 @@ from models.out_of_domain import (
     reads_dev,
 )
 from models.randomness import Block, uniforms
+from models.top_k_probs import cut_to_top_k
 from storage.corpus import load_corpus
 from storage.manifest import Manifest
 from storage.prediction_columns import PredictionColumns, PredictionReference
@@ -52,8 +52,6 @@ def close_gates(
         guard: the finished leak guard, where there is one.
         mapped: runs a pass over the shards.
     """
-    for reference in inputs.shards.values():
-        _check_form(config.out_of_domain, reference.form)
     inputs = replace(inputs, gates=Gates(leaked_keys(store, guard)))
 
     def sample(share: float) -> Outputs:
@@ -64,7 +62,12 @@ def close_gates(
 
     num_samples = sum(reference.num_samples for reference in inputs.shards.values())
     gate, facts = _out_of_domain(
-        store, config.out_of_domain, validation, sample, num_samples=num_samples
+        store,
+        config.out_of_domain,
+        validation,
+        sample,
+        num_samples=num_samples,
+        temperature=_labelers_temperature(store, inputs),
     )
     return inputs.after("gate", gates=Gates(inputs.gates.leaked, gate)), facts
 
@@ -94,6 +97,7 @@ def _out_of_domain(
     sample: Callable[[float], Outputs],
     *,
     num_samples: int,
+    temperature: float | None,
 ) -> tuple[FinishedGate | None, dict[str, Any]]:
     """Learn the out-of-domain gate; return it with the facts for the summary.
 
@@ -103,13 +107,15 @@ def _out_of_domain(
         validation: of the teacher on dev, where the rule reads it.
         sample: returns the outputs of a share of the corpus.
         num_samples: of the corpus.
+        temperature: that its predictions were calibrated by when they were stored; None in the full
+            form, which is stored uncalibrated.
     """
     if isinstance(config, OutOfDomainNoneConfig):
         return None, {}
     dev = None
     if reads_dev(config):
         assert validation is not None, "an input of the selection"
-        dev = _dev_outputs(store, validation)
+        dev = _dev_outputs(store, validation, temperature)
     rows = sample(min(1.0, _SAMPLED_ROWS / num_samples)) if reads_corpus(config) else None
     gate = finish_gate(config, dev=dev, sample=rows)
     facts: dict[str, Any] = {"kind": config.kind, "threshold": gate.threshold}
@@ -120,29 +126,41 @@ def _out_of_domain(
     return gate, {"out_of_domain": facts}
 
 
-def _dev_outputs(store: Store, manifest: Manifest) -> Outputs:
-    """Return the outputs for dev, of a validation or a labelling of it."""
+def _labelers_temperature(store: Store, inputs: SelectionInputs) -> float | None:
+    """Return what calibrated the stored predictions; None where nothing did."""
+    first = load_corpus(store, inputs.corpus).shards[0]
+    return prediction_record(store, inputs.labeler, first.digest)["facts"].get("temperature")
+
+
+def _dev_outputs(store: Store, manifest: Manifest, temperature: float | None) -> Outputs:
+    """Return the outputs for dev, of a validation or a labelling of it, as the corpus's are.
+
+    Dev is stored in the full form, uncalibrated. Where the corpus's predictions were calibrated
+    before they were cut to the top_k form, dev's are calibrated here, by the same function.
+    """
     if manifest.kind != "label":
         known = read_evaluation_predictions(store, manifest)
+        if temperature is not None:
+            return _calibrated(known.log_probs, known.logsumexp, temperature)
         return Outputs(known.confidence, known.margin, known.entropy, known.logsumexp)
     labeler, corpus = (manifest.inputs[name].fingerprint for name in ("labeler", "corpus"))
+
+    def of_shard(digest: str) -> Outputs:
+        record = prediction_record(store, labeler, digest)
+        columns = PredictionColumns(store, PredictionReference.of(record), verify=True)
+        if temperature is None:
+            return outputs_of(columns)
+        log_probs, _ = columns.probabilities()
+        return _calibrated(log_probs, columns.read(["logsumexp"])["logsumexp"], temperature)
+
     shards = load_corpus(store, corpus).shards
-    references = (
-        PredictionReference.of(prediction_record(store, labeler, shard.digest)) for shard in shards
-    )
-    columns = [PredictionColumns(store, reference, verify=True) for reference in references]
-    return Outputs.of_table(np.concatenate([outputs_of(one).table() for one in columns]))
+    tables = [of_shard(shard.digest).table() for shard in shards]
+    return Outputs.of_table(np.concatenate(tables))
 
 
-def _check_form(config: OutOfDomainConfig, form: str) -> None:
-    """Refuse a gate that would compare calibrated confidences with uncalibrated ones of dev.
-
-    Raises: ValueError.
-    """
-    if form == "full" or isinstance(config, (OutOfDomainNoneConfig, EnergyConfig)):
-        return
-    raise ValueError(
-        f"selection.out_of_domain.kind={config.kind} with labeling.form={form}: confidence, margin"
-        " and entropy are calibrated in that form, those of the dev split are not. Use"
-        " kind: energy, or form: full"
-    )
+def _calibrated(
+    log_probs: NDArray[np.floating], logsumexp: NDArray[np.floating], temperature: float
+) -> Outputs:
+    """Return the outputs of (N, C) whole distributions as the top_k form stores them."""
+    rows = cut_to_top_k(log_probs, temperature=temperature, k=1)
+    return Outputs(rows.confidences, rows.margins, rows.entropies, logsumexp)

@@ -1,6 +1,8 @@
 """Out-of-domain gates: which images show none of the classes, judged by the teacher's outputs.
 
-A gate comes before calibration, so it reads the outputs as they were stored.
+A gate comes before calibration, so it reads the outputs as they were stored: uncalibrated in the
+full form of predictions; in the top_k form confidence, margin and entropy by the temperature that
+calibrated it when it was labelled.
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,9 @@ class OutOfDomainNoneConfig(_Gate):
 
 
 class MaxProbConfig(_Gate):
-    """Drop images whose largest probability, uncalibrated, is low.
+    """Drop images whose largest probability, as stored, is low.
+
+    Stored uncalibrated, but in the top_k form by the labelling's temperature.
 
     Source: Hendrycks and Gimpel 2017.
     """
@@ -60,7 +62,7 @@ class EnergyConfig(_Gate):
 
 
 class EntropyConfig(_Gate):
-    """Drop images whose prediction, uncalibrated, has a high entropy."""
+    """Drop images whose prediction, as stored, has a high entropy; see `max_prob`."""
 
     kind: Literal["entropy"] = "entropy"
     max_entropy: float | None = Field(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Outputs:
-    """Predictions as they were stored, before calibration.
+    """Predictions as they were stored, before a selection calibrates them.
 
     Attributes:
         confidence: (N,) in [0, 1].

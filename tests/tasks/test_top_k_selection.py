@@ -1,5 +1,6 @@
 """Selections of predictions in the top_k form: as of full ones where every class is listed."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from models.balancing import BalanceNoneConfig, CapMinConfig, TopKConfig
 from models.debiasing import DistributionAlignmentConfig, LogitAdjustConfig
 from models.exact_sums import exact_sum
+from models.out_of_domain import EntropyConfig, MaxProbConfig, PuConfig
 from models.thresholds import FixedThresholdConfig, FreeMatchConfig, PercentileThresholdConfig
 from models.top_k_probs import TopKProbs
 from models.weighting import ConfidenceWeightConfig, SoftMatchConfig
@@ -17,7 +19,7 @@ from storage.corpus import Corpus, Shard, save_corpus
 from storage.manifest import read_stored
 from storage.objects import CorruptObject
 from storage.predictions import Listed, read_record, write_predictions
-from storage.selections import from_parquet
+from storage.selections import Reason, from_parquet
 from tasks import labeling
 from tasks.selection import SelectionConfig, read_summary
 
@@ -47,7 +49,7 @@ def corpus_of(lab) -> Corpus:
     return corpus
 
 
-def plant_top_k(lab, k, *, sums=None):
+def plant_top_k(lab, k, *, sums=None, temperature=TEMPERATURE):
     """The rows cut to k classes, with the exact sums of the whole ones unless others are given."""
     corpus = corpus_of(lab)
     for shard in corpus.shards:
@@ -62,7 +64,7 @@ def plant_top_k(lab, k, *, sums=None):
             log_probs=np.take_along_axis(whole.log_probs, ids[:, :k], axis=1),
             listed=Listed(ids[:, :k].astype(np.uint32), rest, 3),
         )
-        facts = {"bad_samples": {}, "temperature": TEMPERATURE}
+        facts = {"bad_samples": {}, "temperature": temperature}
         exact = exact_sum(every.dense_probs()) if sums is None else sums
         write_predictions(lab.store, TOP, shard.digest, cut, facts, prob_sums=exact)
     specification = labeling.specify(labeler=TOP, corpus=corpus.digest)
@@ -167,3 +169,47 @@ def test_damage_that_planning_does_not_read_is_found_before_anything_is_committe
         lab.select(labels, None, config())
     written = lab.store.list("selections")
     assert not [path for path in written if "1" * 64 in path or path.endswith("manifest.json")]
+
+
+@pytest.mark.parametrize(
+    ("gate", "threshold"),
+    [
+        # Calibrated by T = 2, dev's (1/2, 1/4, 1/4) and (16/18, 1/18, 1/18) have square roots in
+        # the ratios sqrt(2) : 1 : 1 and 4 : 1 : 1. Half of dev reaches the larger confidence.
+        (MaxProbConfig(keep_dev_fraction=0.5), 4 / 6),
+        (EntropyConfig(keep_dev_fraction=0.5), -(math.log(6) - 4 / 6 * math.log(4))),
+        (MaxProbConfig(keep_dev_fraction=1), math.sqrt(2) / (math.sqrt(2) + 2)),
+    ],
+    ids=["confidence", "entropy", "all"],
+)
+@pytest.mark.parametrize("is_labeled", [False, True], ids=["validated", "labelled"])
+def test_gates_compare_cut_predictions_with_dev_calibrated_alike(lab, gate, threshold, is_labeled):
+    dev_rows = [("x", 0, 0.5, 0), ("y", 0, 16 / 18, 0)]
+    if is_labeled:
+        dev = Corpus.of([Shard("dev-0", "d" * 64, 2, 9)], lab.class_names)
+        save_corpus(lab.store, dev, {"dev-0": "/nowhere/dev-0.tar"})
+        validation = lab.plant_labeling(lab.store, dev, {"dev-0": dev_rows}, labeler="c" * 64)
+    else:
+        validation = lab.plant_validation(lab.store, lab.predictions_of(dev_rows))
+    labels = plant_top_k(lab, 1, temperature=2.0)
+    manifest = lab.select(labels, validation, config(out_of_domain=gate))
+    facts = read_summary(lab.store, manifest)["out_of_domain"]
+    assert facts["threshold"] == pytest.approx(threshold, rel=2e-3)
+    assert facts["kept_of_dev"] == gate.keep_dev_fraction
+    # The corpus's own are stored calibrated, and judged as they are.
+    if isinstance(gate, MaxProbConfig):
+        for stem, one in stored(lab, manifest).items():
+            confidences = np.array([row[2] for row in ROWS[stem]])
+            assert (one.reason != Reason.OUT_OF_DOMAIN).tolist() == (
+                confidences >= facts["threshold"]
+            ).tolist()
+
+
+def test_a_positive_unlabelled_gate_reads_cut_predictions(lab):
+    dev = lab.predictions_of([(str(i), 0, 0.8 + i / 100, 0) for i in range(10)])
+    validation = lab.plant_validation(lab.store, dev)
+    chosen = config(out_of_domain=PuConfig(prior=0.5))
+    summary = read_summary(lab.store, lab.select(plant_top_k(lab, 1), validation, chosen))
+    assert summary["out_of_domain"]["sampled"] == sum(map(len, ROWS.values()))
+    assert summary["out_of_domain"]["kept_of_dev"] == 1.0
+    assert summary["reasons"]["out_of_domain"] > 0
