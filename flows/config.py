@@ -271,9 +271,10 @@ class SelfTrainingConfig(_Config):
         labeling = self.labeling
         labeling.check_members()
         reader = self.selection.reads_several_predictions
-        if reader == "threshold=uncertainty" and labeling.uncertainty.kind == "none":
+        of_uncertainty = self.selection.reads_uncertainty
+        if of_uncertainty is not None and labeling.uncertainty.kind == "none":
             raise ValueError(
-                "selection.threshold.kind=uncertainty reads a deviation that is not measured: set"
+                f"selection.{of_uncertainty} reads a deviation that is not measured: set"
                 " labeling.uncertainty, for example {kind: mc_dropout}"
             )
         if reader is not None and labeling.num_members() == 1:

@@ -209,6 +209,7 @@ def _judgement(
             rule=rules["threshold"],
             uncertainty=_at(predictions.uncertainty, row),
             agreement=_at(predictions.agreement, row),
+            max_std=summary["class_max_std"][label] if "class_max_std" in summary else None,
         ),
         copies=int(chosen.copies[chosen_row]),
         weight=float(chosen.weight[chosen_row]),
@@ -243,6 +244,7 @@ def _reason_in_words(
     rule: Mapping[str, Any],
     uncertainty: float | None,
     agreement: float | None,
+    max_std: float | None,
 ) -> str:
     match reason:
         case Reason.KEPT:
@@ -255,6 +257,8 @@ def _reason_in_words(
             return f"deviation {uncertainty:.4f} is not below {rule['max_std']}"
         case Reason.BELOW_THRESHOLD if rule["kind"] == "agreement":
             return f"{agreement:.0%} of the votes are for it, {rule['min_fraction']:.0%} are asked"
+        case Reason.OVER_QUOTA if max_std is not None:
+            return f"over quota: its class is full with deviations up to {max_std:.4f}"
         case Reason.OVER_QUOTA if _is_below(confidence, kept_from):
             return f"over quota: its class is full from confidence {kept_from:.4f} on"
         case Reason.OVER_QUOTA:

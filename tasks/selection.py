@@ -330,7 +330,7 @@ def _select(
     copies[passing] = assign_copies(
         plan,
         rows.labels[passing],
-        rows.confidences[passing],
+        rows.ranking(config.balance)[passing],
         keys_of,
         lambda chosen: uniforms(
             inputs.stream, rows.key_hashes(passing[chosen]), block=Block.BALANCE

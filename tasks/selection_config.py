@@ -4,7 +4,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.balancing import BalanceConfig, NsBinnedConfig, reads_labeled_counts
+from models.balancing import (
+    BalanceConfig,
+    NsBinnedConfig,
+    ranks_by_uncertainty,
+    reads_labeled_counts,
+)
 from models.debiasing import DebiasConfig, DebiasNoneConfig, reads_labeled_prior
 from models.near_duplicates import LeakGuardConfig, LeakGuardNoneConfig
 from models.out_of_domain import OutOfDomainConfig, OutOfDomainNoneConfig, reads_dev
@@ -102,9 +107,18 @@ class SelectionConfig(BaseModel):
         return self
 
     @property
+    def reads_uncertainty(self) -> str | None:
+        """The rule that reads the deviation of several predictions; None where none does."""
+        if isinstance(self.threshold, UncertaintyThresholdConfig):
+            return f"threshold={self.threshold.kind}"
+        return "balance.by=uncertainty" if ranks_by_uncertainty(self.balance) else None
+
+    @property
     def reads_several_predictions(self) -> str | None:
         """The rule that reads deviation or votes of several predictions; None where none does."""
-        if isinstance(self.threshold, UncertaintyThresholdConfig | AgreementThresholdConfig):
+        if self.reads_uncertainty is not None:
+            return self.reads_uncertainty
+        if isinstance(self.threshold, AgreementThresholdConfig):
             return f"threshold={self.threshold.kind}"
         if isinstance(self.weighting, AgreementWeightConfig):
             return f"weighting={self.weighting.kind}"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.balancing import (
+    BalanceConfig,
     BalancePlan,
     Candidates,
     FinishedPlan,
@@ -27,6 +28,7 @@ from models.balancing import (
     merge_histograms,
     needs_candidates,
     plan_balance,
+    ranks_by_uncertainty,
 )
 from models.debiasing import DebiasNoneConfig, aligning_offsets, class_offsets
 from models.exact_sums import exact_mean, exact_sum
@@ -114,7 +116,7 @@ def plan_selection(
     inputs = inputs.after("weight", weighting=weighting)
 
     plan = _balance(inputs, config, mapped)
-    facts |= _plan_facts(plan, thresholds)
+    facts |= _plan_facts(plan, thresholds, config.balance)
     return PlannedSelection(inputs.after("balance"), plan, facts)
 
 
@@ -168,13 +170,11 @@ def sum_moments(
 def count_confidences(
     store: Store, inputs: SelectionInputs, stems: Sequence[str], config: SelectionConfig
 ) -> NDArray[np.int64]:
-    """Map: samples that reach the threshold, by class and confidence bin."""
+    """Map: samples that reach the threshold, by class and bin of what ranks them."""
     inputs.assert_next("balance")
     total: NDArray[np.int64] | None = None
-    for labels, confidences in _pooled(store, inputs, stems):
-        counts = confidence_histogram(
-            config.balance, labels, confidences, num_classes=inputs.num_classes
-        )
+    for labels, ranks in _pooled(store, inputs, stems, config.balance):
+        counts = confidence_histogram(config.balance, labels, ranks, num_classes=inputs.num_classes)
         total = counts if total is None else merge_histograms(total, counts)
     assert total is not None, "a group holds at least one shard"
     return total
@@ -190,14 +190,15 @@ def collect_candidates(
     """Map: the rows that a quota's boundary runs through."""
     inputs.assert_next("balance")
     labels: list[NDArray[np.uint32]] = []
-    confidences: list[NDArray[np.float32]] = []
+    confidences: list[NDArray[np.floating]] = []
     keys: list[NDArray[np.str_]] = []
     for stem in stems:
         rows = Rows.read(store, inputs, stem, with_keys=True)
         passing = np.flatnonzero(rows.passes(inputs))
-        near = passing[is_at_boundary(plan, rows.labels[passing], rows.confidences[passing])]
+        ranks = rows.ranking(config.balance)
+        near = passing[is_at_boundary(plan, rows.labels[passing], ranks[passing])]
         labels.append(rows.labels[near])
-        confidences.append(rows.confidences[near])
+        confidences.append(ranks[near])
         keys.append(rows.sample_keys(near))
     return boundary_candidates(
         plan, np.concatenate(labels), np.concatenate(confidences), np.concatenate(keys)
@@ -205,24 +206,24 @@ def collect_candidates(
 
 
 def _pooled(
-    store: Store, inputs: SelectionInputs, stems: Sequence[str]
-) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.float32]]]:
-    """Yield labels and confidences of the rows that reach the threshold, of some shards at a time.
+    store: Store, inputs: SelectionInputs, stems: Sequence[str], balance: BalanceConfig
+) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.floating]]]:
+    """Yield labels and ranks of the rows that reach the threshold, of some shards at a time.
 
     A histogram has many more cells than a shard has rows, so it is not made for each.
     """
     labels: list[NDArray[np.uint32]] = []
-    confidences: list[NDArray[np.float32]] = []
+    ranks: list[NDArray[np.floating]] = []
     num_rows = 0
     for number, stem in enumerate(stems, start=1):
         rows = Rows.read(store, inputs, stem)
         passes = rows.passes(inputs)
         labels.append(rows.labels[passes])
-        confidences.append(rows.confidences[passes])
+        ranks.append(rows.ranking(balance)[passes])
         num_rows += len(labels[-1])
         if num_rows >= _POOLED_ROWS or number == len(stems):
-            yield np.concatenate(labels), np.concatenate(confidences)
-            labels, confidences, num_rows = [], [], 0
+            yield np.concatenate(labels), np.concatenate(ranks)
+            labels, ranks, num_rows = [], [], 0
 
 
 def _counted(search: ThresholdSearch, rows: Rows) -> NDArray[np.int64]:
@@ -274,21 +275,32 @@ def _thresholds(
 
 def _balance(inputs: SelectionInputs, config: SelectionConfig, mapped: Mapped) -> FinishedPlan:
     histogram = reduce(merge_histograms, mapped(count_confidences, inputs, config))
-    plan = plan_balance(config.balance, histogram, labeled_counts=inputs.labeled_counts)
+    plan = plan_balance(
+        config.balance,
+        histogram,
+        labeled_counts=inputs.labeled_counts,
+        round_index=inputs.round_index,
+    )
     if not needs_candidates(plan):
         return finish_plan(plan)
     candidates = reduce(merge_candidates, mapped(collect_candidates, inputs, config, plan))
     return finish_plan(plan, candidates)
 
 
-def _plan_facts(plan: FinishedPlan, thresholds: FinishedThresholds) -> dict[str, Any]:
-    """Return the confidence from which on each class is kept, and its quota."""
+def _plan_facts(
+    plan: FinishedPlan, thresholds: FinishedThresholds, balance: BalanceConfig
+) -> dict[str, Any]:
+    """Return from where on each class is kept, and its quota."""
     values = threshold_values(thresholds)
+    is_learned = isinstance(thresholds, ClassThresholds)
+    learned = {"class_thresholds": np.asarray(values).tolist()} if is_learned else {}
     if isinstance(plan, NoBalancePlan):
-        is_learned = isinstance(thresholds, ClassThresholds)
-        return {"class_thresholds": np.asarray(values).tolist()} if is_learned else {}
-    kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
+        return learned
     if isinstance(plan, NsBinnedPlan):
-        return kept_from | {"quota": plan.quota}
+        return {"class_thresholds": plan.thresholds(values).tolist(), "quota": plan.quota}
+    if ranks_by_uncertainty(balance):
+        kept_from = learned | {"class_max_std": (1 - plan.last_confidences).tolist()}
+    else:
+        kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
     quotas = cast("list[int]", plan.quotas.tolist())
     return kept_from | ({"quota": quotas[0]} if len(set(quotas)) == 1 else {"quotas": quotas})

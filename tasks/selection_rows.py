@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from models.balancing import BalanceConfig, ranking
 from models.randomness import hash_utf8_keys
 from models.thresholds import FinishedThresholds, reaches_thresholds
 from models.top_k_probs import TopKProbs
@@ -197,6 +198,10 @@ class Rows:
             agreement=self.agreement,
         )
         return passes if self.turned_down is None else passes & (self.turned_down == Reason.KEPT)
+
+    def ranking(self, balance: BalanceConfig) -> NDArray[np.floating]:
+        """Return what a balancing rule ranks rows by, (N,) in [0, 1], the best at 1."""
+        return ranking(balance, self.confidences, self.uncertainty)
 
     def weights(self, weighting: FinishedWeighting) -> NDArray[np.float32]:
         """Return the weight of each row in the loss, (N,)."""

@@ -1,7 +1,8 @@
 """How many copies of each pseudo-labelled sample are trained on, so that classes are even.
 
 Every rule is map, merge, finish, with a merge that is associative and commutative, so any order and
-grouping of shards gives the same bytes. All functions see only rows that passed the threshold:
+grouping of shards gives the same bytes. All functions see only rows that passed the threshold, and
+what they call confidences is what `ranking` gives:
 
     pass 1   histogram = sum over shards of `confidence_histogram`        (merge: array addition)
              plan = `plan_balance(config, histogram)`
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from models.balancing.candidates import Candidates, Keys, keys_of, merge_candidates
-from models.balancing.cap_min import plan_cap_min
+from models.balancing.cap_min import certainties, plan_cap_min
 from models.balancing.configs import (
     BalanceNoneConfig,
     CapMinConfig,
@@ -73,6 +74,8 @@ __all__ = [
     "needs_candidates",
     "plan_balance",
     "randomly_rounded",
+    "ranking",
+    "ranks_by_uncertainty",
     "reads_labeled_counts",
     "resolved_quota",
 ]
@@ -120,6 +123,34 @@ def confidence_histogram(
     )
 
 
+def ranks_by_uncertainty(config: BalanceConfig) -> bool:
+    """Whether the least uncertain rows of a class are its best, not the most confident."""
+    return isinstance(config, CapMinConfig) and config.by == "uncertainty"
+
+
+def ranking(
+    config: BalanceConfig,
+    confidences: NDArray[np.floating],
+    uncertainty: NDArray[np.floating] | None,
+) -> NDArray[np.floating]:
+    """What a rule ranks the rows of a class by, (N,) in [0, 1], the best at 1.
+
+    Args:
+        config: the rule.
+        confidences: (N,) in [0, 1].
+        uncertainty: (N,) standard deviations, where they were measured.
+    Raises: ValueError if the rule reads what was not measured.
+    """
+    if not ranks_by_uncertainty(config):
+        return confidences
+    if uncertainty is None:
+        raise ValueError(
+            "balance.by=uncertainty ranks by the deviation of predictions, which these do not have:"
+            " label with labeling.uncertainty"
+        )
+    return certainties(uncertainty)
+
+
 def reads_labeled_counts(config: BalanceConfig) -> bool:
     """Whether the class counts of the labelled images enter."""
     return isinstance(config, CrestConfig)
@@ -130,6 +161,7 @@ def plan_balance(
     histogram: NDArray[np.int64],
     *,
     labeled_counts: NDArray[np.int64] | None = None,
+    round_index: int = 1,
 ) -> BalancePlan:
     """Finish of pass 1, from the histogram of all shards.
 
@@ -137,9 +169,12 @@ def plan_balance(
         config: the rule.
         histogram: (C, bins).
         labeled_counts: (C,) labelled images of each class, where `reads_labeled_counts`.
+        round_index: 1 for the first round, which decides whether `cap_min` cuts.
     """
     match config:
         case BalanceNoneConfig():
+            return NoBalancePlan()
+        case CapMinConfig(rounds=int(rounds)) if round_index > rounds:
             return NoBalancePlan()
         case NsBinnedConfig():
             return plan_ns_binned(config, histogram)

@@ -88,9 +88,10 @@ class CrestConfig(BaseModel):
 
 
 class CapMinConfig(BaseModel):
-    """As many of each class, the most confident ones, as the smallest class has.
+    """As many of each class, the best ones, as the smallest class has.
 
-    Source: Rizve et al. 2021 (UPS), pseudo_labeling_util.py, which takes the least uncertain ones.
+    Source: Rizve et al. 2021 (UPS), pseudo_labeling_util.py, which takes the least uncertain ones
+    and caps in the first rounds only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,4 +102,17 @@ class CapMinConfig(BaseModel):
         ge=1,
         description="Classes are never cut below this many; classes with nothing do not count as"
         " the smallest.",
+    )
+    by: Literal["confidence", "uncertainty"] = Field(
+        default="confidence",
+        description="Which ones are the best: the most confident, or those of the smallest standard"
+        " deviation, which labeling.uncertainty measures.",
+        json_schema_extra={"absent_means": "confidence"},
+    )
+    rounds: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rounds in which classes are cut; later ones keep one copy of everything. null:"
+        " all rounds.",
+        json_schema_extra={"absent_means": None},
     )

@@ -13,6 +13,8 @@ from models.balancing import (
     BalanceConfig,
     CapMinConfig,
     CrestConfig,
+    NoBalancePlan,
+    TopKBoundary,
     TopKConfig,
     TopKPlan,
     assign_copies,
@@ -22,6 +24,7 @@ from models.balancing import (
     merge_candidates,
     merge_histograms,
     plan_balance,
+    ranking,
     reads_labeled_counts,
 )
 from models.balancing.crest import crest_rates
@@ -104,6 +107,47 @@ def test_cap_min_never_cuts_below_its_floor():
     plan, keys = kept(CapMinConfig(floor=5), [corpus([9, 2])], 2)
     assert plan.quotas.tolist() == [5, 5]
     assert len(keys) == 5 + 2
+
+
+def test_the_least_uncertain_of_each_class_stay_where_the_rule_says_so():
+    # Three of class 0 and two of class 1: two of each. Class 0 loses "b", the most confident but
+    # the least sure; equal deviations go by key.
+    labels = np.array([0, 0, 0, 1, 1])
+    confidences = np.array([0.8, 0.99, 0.7, 0.9, 0.9], np.float32)
+    uncertainty = np.array([0.02, 0.04, 0.01, 0.03, 0.03], np.float32)
+    keys = np.array(list("abcde"), dtype=np.str_)
+    config = CapMinConfig(floor=1, by="uncertainty")
+    ranks = ranking(config, confidences, uncertainty)
+    assert ranks.dtype == np.float64
+    assert ranks == pytest.approx([0.98, 0.96, 0.99, 0.97, 0.97])
+    plan, found = kept(config, [(labels, ranks, keys)], 2)
+    assert found == {"a", "c", "d", "e"}
+    assert 1 - plan.last_confidences == pytest.approx([0.02, 1.0])  # the whole of class 1 stays
+    by_confidence = ranking(CapMinConfig(floor=1), confidences, uncertainty)
+    assert kept(CapMinConfig(floor=1), [(labels, by_confidence, keys)], 2)[1] == set("abde")
+
+
+def test_deviations_that_are_closer_than_float32_rank_are_told_apart():
+    small = np.array([1e-9, 2e-9, 0.0], np.float32)
+    assert np.argsort(-ranking(CapMinConfig(by="uncertainty"), small, small)).tolist() == [2, 0, 1]
+
+
+def test_ranking_by_uncertainty_refuses_what_is_no_deviation_and_what_was_not_measured():
+    config, confidences = CapMinConfig(by="uncertainty"), np.array([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"label with labeling\.uncertainty"):
+        ranking(config, confidences, None)
+    for wrong in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="1 of 2 standard deviations"):
+            ranking(config, confidences, np.array([0.1, wrong]))
+
+
+def test_the_cap_ends_with_its_rounds():
+    histogram = confidence_histogram(CapMinConfig(), *corpus([9, 2])[:2], num_classes=2)
+    config = CapMinConfig(floor=1, rounds=2)
+    plans = [plan_balance(config, histogram, round_index=i) for i in (1, 2, 3)]
+    assert [type(plan) for plan in plans] == [TopKBoundary, TopKBoundary, NoBalancePlan]
+    forever = plan_balance(CapMinConfig(floor=1), histogram, round_index=99)
+    assert isinstance(forever, TopKBoundary)
 
 
 @pytest.mark.parametrize("config", [CrestConfig(), CapMinConfig(floor=2)], ids=lambda c: c.kind)

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from models.balancing import BalanceNoneConfig
+from models.balancing import BalanceNoneConfig, CapMinConfig
 from models.debiasing import LogitAdjustConfig
-from models.thresholds import AgreementThresholdConfig, UncertaintyThresholdConfig
+from models.thresholds import (
+    AgreementThresholdConfig,
+    FixedThresholdConfig,
+    UncertaintyThresholdConfig,
+)
 from models.weighting import AgreementWeightConfig
 from storage.corpus import Corpus, Shard, save_corpus
 from storage.manifest import read_stored
@@ -16,6 +20,7 @@ from storage.predictions import write_predictions
 from storage.selections import Reason, from_parquet
 from tasks import labeling
 from tasks.calibrating import finished_calibration, read_dev_predictions
+from tasks.explaining import explain_round
 from tasks.selection import SelectionConfig, read_summary
 from tasks.selection_summary import EmptySelection
 
@@ -110,6 +115,44 @@ def test_labels_from_several_views_are_calibrated_by_dev_as_it_is_labelled(lab, 
         read_dev_predictions(lab.store, labels)
 
 
+def test_a_cap_by_uncertainty_keeps_the_least_uncertain_of_each_class(lab, labels):
+    # Classes 0, 1 and 2 have one, two and two rows: one of each stays. Of class 1 "3" of deviation
+    # .01 stays and "1" of .05, which is more confident, goes; of class 2 "2" and not "4".
+    chosen = config(
+        threshold=FixedThresholdConfig(confidence=0),
+        balance=CapMinConfig(floor=1, by="uncertainty"),
+    )
+    found = selected(lab, labels, chosen)
+    assert kept(found) == ["0", "2", "3"]
+    assert found.reason.tolist()[1] == Reason.OVER_QUOTA
+    manifest = lab.select(labels, None, chosen)
+    summary = read_summary(lab.store, manifest)
+    assert summary["class_max_std"] == pytest.approx([1.0, 0.01, 0.01])
+    assert "class_thresholds" not in summary
+    by_confidence = chosen.model_copy(update={"balance": CapMinConfig(floor=1)})
+    assert kept(selected(lab, labels, by_confidence)) == ["0", "1", "4"]
+    sample = explain_round(
+        lab.store,
+        Shard("s", "5" * 64, len(ROWS), 1024),
+        "1",
+        labeling=labels,
+        selection=manifest,
+        class_names=lab.class_names,
+    )
+    assert sample is not None
+    words = "over quota: its class is full with deviations up to 0.0100"
+    assert sample.judgement.reason_in_words == words
+
+
+def test_later_rounds_than_the_caps_keep_everything(lab, labels):
+    chosen = config(
+        threshold=FixedThresholdConfig(confidence=0),
+        balance=CapMinConfig(floor=1, by="uncertainty", rounds=1),
+    )
+    first, second = (lab.select(labels, None, chosen, round_index=i) for i in (1, 2))
+    assert (first.counts["unique"], second.counts["unique"]) == (3, 5)
+
+
 def test_agreement_keeps_what_enough_predictions_say(lab, labels):
     assert kept(selected(lab, labels, config(threshold=AgreementThresholdConfig()))) == [
         "0",
@@ -128,10 +171,18 @@ def test_votes_weigh(lab, labels):
     assert found.weight.tolist() == [1.0, 1.0, 0.5, 1.0, 0.75]
 
 
-@pytest.mark.parametrize("rule", [UncertaintyThresholdConfig(), AgreementThresholdConfig()])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"threshold": UncertaintyThresholdConfig()},
+        {"threshold": AgreementThresholdConfig()},
+        {"balance": CapMinConfig(by="uncertainty")},
+    ],
+    ids=["uncertainty", "agreement", "balance"],
+)
 def test_predictions_without_the_column_are_refused(lab, rule):
     with pytest.raises(ValueError, match="label with"):
-        selected(lab, plant(lab, is_measured=False), config(threshold=rule))
+        selected(lab, plant(lab, is_measured=False), config(**rule))
 
 
 def test_a_rule_that_keeps_nothing_says_what_to_change(lab, labels):
@@ -148,5 +199,7 @@ def test_a_rule_that_keeps_nothing_says_what_to_change(lab, labels):
 def test_rules_on_the_teachers_class_are_refused_where_it_may_change(changes):
     with pytest.raises(ValidationError, match="may change the class"):
         config(threshold=UncertaintyThresholdConfig(), **changes)
+    with pytest.raises(ValidationError, match=r"balance\.by=uncertainty"):
+        config(balance=CapMinConfig(by="uncertainty"), **changes)
     with pytest.raises(ValidationError, match="weighting=agreement"):
         config(weighting=AgreementWeightConfig(), **changes)
