@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
+from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
 from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
     StudentConfig,
@@ -122,6 +123,11 @@ class SelfTrainingConfig(_Config):
     )
     teacher: TeacherConfig = Field(
         description="Round 0: a training on the labels alone, or a model that is given."
+    )
+    extra_teachers: ExtraTeachersConfig = Field(
+        default=NO_EXTRA_TEACHERS,
+        description="Models that label beside the round's teacher, as an ensemble. They enter the"
+        " fingerprints of what they label, and nothing else.",
     )
     student: StudentConfig | None = Field(
         default=None, description="What every round trains; left out exactly where rounds is 0."
@@ -269,19 +275,14 @@ class SelfTrainingConfig(_Config):
     def _refuse_impossible_labeling(self, student: StudentConfig) -> None:
         """Refuse views that a teacher cannot be shown, and rules that read what is not measured."""
         labeling = self.labeling
-        labeling.check_members()
-        reader = self.selection.reads_several_predictions
         of_uncertainty = self.selection.reads_uncertainty
         if of_uncertainty is not None and labeling.uncertainty.kind == "none":
             raise ValueError(
                 f"selection.{of_uncertainty} reads a deviation that is not measured: set"
                 " labeling.uncertainty, for example {kind: mc_dropout}"
             )
-        if reader is not None and labeling.num_members() == 1:
-            raise ValueError(
-                f"selection.{reader} counts votes, but one prediction is made of each image: set"
-                " labeling.view or labeling.uncertainty"
-            )
+        for round_index in range(1, self.rounds + 1):
+            self._refuse_settings_on_too_few_teachers(round_index)
         teachers = [
             ("student", student.for_round(i), student.followers()) for i in range(1, self.rounds)
         ]
@@ -298,6 +299,21 @@ class SelfTrainingConfig(_Config):
                     f" last training of a {name} that labels has none: set its noise.dropout, or"
                     " labeling.uncertainty.rate"
                 )
+
+    def _refuse_settings_on_too_few_teachers(self, round_index: int) -> None:
+        """Refuse what only several predictions of an image give, where one is made."""
+        num_teachers = self.extra_teachers.num_teachers(round_index)
+        where = "" if self.extra_teachers == NO_EXTRA_TEACHERS else f"round {round_index}: "
+        try:
+            self.labeling.check_members(num_teachers)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        reader = self.selection.reads_several_predictions
+        if reader is not None and self.labeling.num_members(num_teachers) == 1:
+            raise ValueError(
+                f"{where}selection.{reader} counts votes, but one prediction is made of each image:"
+                " set labeling.view, labeling.uncertainty or extra_teachers"
+            )
 
     def _refuse_other_architectures(self, student: StudentConfig) -> None:
         """Refuse weights to start from that cannot fit every round's network."""
@@ -338,4 +354,5 @@ def _changed_sections(config: SelfTrainingConfig) -> tuple[tuple[str, bool], ...
         # full: the default of stored configs from before there was another form.
         ("labeling", config.labeling not in (LabelingConfig(), LabelingConfig(form="full"))),
         ("selection", config.selection != SelectionConfig()),
+        ("extra_teachers", config.extra_teachers != NO_EXTRA_TEACHERS),
     )

@@ -11,7 +11,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import TerminationSignal
 
-from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
+from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.guarding import guard_corpus
 from flows.labeling import LabelingOrder
 from flows.mending import reading_predictions
@@ -23,7 +23,6 @@ from storage.manifest import Manifest
 from storage.runs import append_event
 from storage.store import conditional_create_works
 from tasks import stages
-from tasks.classifiers import read_description
 from tasks.devices import emulates_bf16
 from tasks.evaluation import read_report
 from tasks.labeling_config import LabelingConfig
@@ -92,9 +91,7 @@ class RunDriver:
     _is_guarded: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        given = self.run.pins.given_teacher
-        view = None if given is None else View.of(read_description(self.run.store, given))
-        self.graph = RunGraph(self.run.config, self.run.pins, view)
+        self.graph = graph_of(self.run.store, self.run.config, self.run.pins)
 
     def train_teacher(self) -> ModelRef:
         """Train the model of round 0 on the labels alone, or take the given one."""
@@ -109,7 +106,10 @@ class RunDriver:
         return self.graph.needs(round_index).selection
 
     def label(self, teacher: ModelRef, round_index: int) -> None:
-        """Label the corpus with the teacher; before it dev, where that calibrates the labels."""
+        """Label the corpus with the teacher, and with the extra ones where there are any.
+
+        Before it dev, where that calibrates the labels.
+        """
         *of_dev, of_corpus = self._labelings(teacher, round_index)
         for one in of_dev:
             self._carry_out(one.specification, round_index, "label", one.run)
@@ -119,11 +119,13 @@ class RunDriver:
         """Return the labellings of a round: of dev, where that calibrates, and of the corpus."""
         config = self.run.config.labeling
         title = f"round {round_index} · label"
+        _, *extra_teachers = self.graph.teachers(teacher)
 
         def of(specification: Specification, config: LabelingConfig, title: str) -> LabelingOrder:
             arguments: dict[str, Any] = {
                 "store": self.run.store.url,
                 "model": teacher.fingerprint,
+                "more_models": extra_teachers,
                 "corpus": specification.inputs["corpus"],
                 "config": config,
                 "class_names": list(self.run.pins.class_names),
@@ -137,7 +139,7 @@ class RunDriver:
             return LabelingOrder(specification, title, arguments)
 
         found = [of(self.graph.label(teacher), config, title)]
-        if self.graph.labels_dev:
+        if self.graph.labels_dev(teacher):
             found.insert(0, of(self.graph.calibration(teacher), config.for_dev(), f"{title} dev"))
         return found
 

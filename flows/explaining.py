@@ -8,10 +8,12 @@ from typing import Any
 
 from flows.opening import OpenRun, reopen_run
 from flows.run_status import RoundStatus, RunStatus, read_status
+from models.architectures import architecture_name
 from storage.corpus import Corpus, Shard, load_corpus, load_locations
 from storage.manifest import Manifest
 from storage.samples import sample_key
 from storage.store import Store
+from tasks.classifiers import read_description
 from tasks.explaining import SampleInRound, explain_round, keys_of_shard, read_image
 from tasks.specifications import finished_result, read_result
 
@@ -26,10 +28,16 @@ class UnknownSample(ValueError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """The model that labelled a round: the last that was promoted before."""
+    """A model that labelled in a round.
+
+    Attributes:
+        fingerprint: of the model.
+        round_index: the round that it came from; None where it was given as an extra teacher.
+        architecture: its name.
+    """
 
     fingerprint: str
-    round_index: int
+    round_index: int | None
     architecture: str | None
 
 
@@ -38,7 +46,7 @@ class ExplainedRound:
     """One round with what made it. Fingerprints are those of the stages."""
 
     round_index: int
-    teacher: Teacher
+    teachers: tuple[Teacher, ...]
     labeling: Manifest
     selection: Manifest
     sample: SampleInRound
@@ -50,8 +58,7 @@ class ExplainedRound:
         judgement["target_top"] = list(judgement["target_top"])
         return {
             "round_index": self.round_index,
-            # A list, because an ensemble has several.
-            "teachers": [asdict(self.teacher)],
+            "teachers": [asdict(one) for one in self.teachers],
             "predicted": sample.predicted[0].label,
             "confidence": sample.confidence,
             "margin": sample.margin,
@@ -153,8 +160,8 @@ def explain_sample(store: Store, run_name: str, key: str) -> Explanation:
         )
         if sample is None:
             raise UnknownSample(_why_unpredicted(run, shard, in_shard, labeling))
-        teacher = _teacher_of(status, one.round_index)
-        rounds.append(ExplainedRound(one.round_index, teacher, labeling, selection, sample))
+        teachers = _teachers_of(run, status, one.round_index)
+        rounds.append(ExplainedRound(one.round_index, teachers, labeling, selection, sample))
     return Explanation(
         store=store.url,
         run=run_name,
@@ -266,12 +273,21 @@ def _why_nothing_is_selected(status: RunStatus, unfinished: tuple[int, ...]) -> 
     return f"run {run!r} has finished no selection yet: `selftrain resume {run}` goes on"
 
 
-def _teacher_of(status: RunStatus, round_index: int) -> Teacher:
-    """Return the model that labels in a round: the loop goes on from promoted students only."""
+def _teachers_of(run: OpenRun, status: RunStatus, round_index: int) -> tuple[Teacher, ...]:
+    """Return the models that label in a round, its teacher first: `RunGraph.teachers`, named.
+
+    The loop goes on from promoted students only.
+    """
     before = [one for one in status.rounds if one.round_index < round_index]
-    last = [one for one in before if one.promoted or one.round_index == 0][-1]
-    assert last.fingerprint is not None, "a teacher is finished before it labels"
-    return Teacher(last.fingerprint, last.round_index, last.architecture)
+    promoted = [one for one in before if one.promoted or one.round_index == 0]
+    found: dict[str, Teacher] = {}
+    for one in promoted[::-1][: 1 + run.config.extra_teachers.earlier_rounds]:
+        assert one.fingerprint is not None, "a teacher is finished before it labels"
+        found[one.fingerprint] = Teacher(one.fingerprint, one.round_index, one.architecture)
+    for model in run.pins.extra_teachers:
+        architecture = architecture_name(read_description(run.store, model).architecture)
+        found.setdefault(model, Teacher(model, None, architecture))
+    return tuple(found.values())
 
 
 def _nearest(wanted: str, known: Iterable[str], *, prefix: str = "") -> str:

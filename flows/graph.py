@@ -1,7 +1,7 @@
 """The specifications of a run's stages: known before anything is computed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, assert_never
 
 from flows.config import SelfTrainingConfig
@@ -17,8 +17,10 @@ from flows.trained_models import StudentConfig, TrainedTeacher
 from models.finetuning import FinetuneConfig
 from models.near_duplicates import LeakGuardNoneConfig, NearDuplicatesConfig
 from models.training import TrainingConfig
+from storage.store import Store
 from tasks import evaluation, guarding, labeling, selection
-from tasks.labeling_config import resolved_form
+from tasks.classifiers import read_description
+from tasks.labeling_config import LabelingConfig, resolved_form
 from tasks.specifications import Specification
 from tasks.training_orders import FollowerRole, Needs, Role, baseline_config, needs_of
 from tasks.training_orders import specify as specify_training
@@ -56,11 +58,13 @@ class ModelRef:
         fingerprint: of its training or import.
         view: what it is shown.
         round_index: the round that it came from; 0 is the first teacher.
+        earlier: the models that were teachers before it, the newest first.
     """
 
     fingerprint: str
     view: View
     round_index: int
+    earlier: tuple["ModelRef", ...] = field(default=(), repr=False)
 
 
 class Training(NamedTuple):
@@ -77,11 +81,19 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True)
 class RunGraph:
-    """Makes the specification of every stage of one run from config and pins alone."""
+    """Makes the specification of every stage of one run from config and pins alone.
+
+    Attributes:
+        config: of the run.
+        pins: its inputs.
+        given_view: what a given teacher is shown; None where round 0 is trained.
+        extra_views: of the extra teachers, by fingerprint.
+    """
 
     config: SelfTrainingConfig
     pins: Pins
     given_view: View | None = None
+    extra_views: Mapping[str, View] = field(default_factory=dict[str, View])
 
     def teacher(self) -> tuple[Training, ...]:
         """Return the trainings of round 0 in their order; none where the teacher is given."""
@@ -114,40 +126,52 @@ class RunGraph:
             class_names=self.pins.class_names,
         )
 
+    def teachers(self, teacher: ModelRef) -> dict[str, View]:
+        """Return who labels in a teacher's round and what each is shown, the teacher first."""
+        earlier = teacher.earlier[: self.config.extra_teachers.earlier_rounds]
+        found = {model.fingerprint: model.view for model in (teacher, *earlier)}
+        given = (one for one in self.pins.extra_teachers if one not in found)
+        return found | {one: self.extra_views[one] for one in given}
+
     def labeler(self, teacher: ModelRef) -> str:
-        """Return the address of a teacher's predictions."""
+        """Return the address of the predictions of a teacher's round."""
+        validation = self.calibration(teacher).fingerprint
+        return self._labeler(self.config.labeling, teacher, validation=validation)
+
+    def _labeler(
+        self, config: LabelingConfig, teacher: ModelRef, *, validation: str | None = None
+    ) -> str:
+        views = {one: view.to_json() for one, view in self.teachers(teacher).items()}
         return labeling.labeler_fingerprint(
-            self.config.labeling,
+            config,
             teacher=teacher.fingerprint,
-            view=teacher.view.to_json(),
+            view=views.pop(teacher.fingerprint),
             class_names=self.pins.class_names,
-            validation=self.calibration(teacher).fingerprint,
+            validation=validation,
+            more_teachers=views,
         )
 
     def calibration(self, teacher: ModelRef) -> Specification:
-        """Return the stage whose predictions of dev calibrate a teacher's labels.
+        """Return the stage whose predictions of dev calibrate the labels of a teacher's round.
 
         Its validation; but where labels are not one clean prediction, dev is labelled as they are.
         """
-        if self.config.labeling.is_clean():
+        if self._is_clean(teacher):
             return self.evaluate("validate", teacher)
-        labeler = labeling.labeler_fingerprint(
-            self.config.labeling.for_dev(),
-            teacher=teacher.fingerprint,
-            view=teacher.view.to_json(),
-            class_names=self.pins.class_names,
-        )
+        labeler = self._labeler(self.config.labeling.for_dev(), teacher)
         return labeling.specify(labeler=labeler, corpus=self.pins.dev)
 
-    @property
-    def labels_dev(self) -> bool:
-        """Whether teachers label dev, too, because a calibration or a gate needs it."""
+    def labels_dev(self, teacher: ModelRef) -> bool:
+        """Return whether dev is labelled, too, because a calibration or a gate needs it."""
         config, num_classes = self.config, len(self.pins.class_names)
         is_calibrated = (
             config.selection.reads_validation
             or resolved_form(config.labeling, num_classes) == "top_k"
         )
-        return is_calibrated and not config.labeling.is_clean()
+        return is_calibrated and not self._is_clean(teacher)
+
+    def _is_clean(self, teacher: ModelRef) -> bool:
+        return self.config.labeling.is_clean(len(self.teachers(teacher)))
 
     def label(self, teacher: ModelRef) -> Specification:
         """Return the labelling of the corpus by a teacher.
@@ -205,7 +229,8 @@ class RunGraph:
 
     def student_model(self, teacher: ModelRef, round_index: int) -> ModelRef:
         """Return the model of a round's student."""
-        return model_of(self.student(teacher, round_index))
+        model = model_of(self.student(teacher, round_index))
+        return replace(model, earlier=(teacher, *teacher.earlier))
 
     def promote(self, teacher: ModelRef, student: ModelRef) -> Specification:
         """Return the comparison of teacher and student on dev."""
@@ -301,6 +326,21 @@ class RunGraph:
             frozen_fraction=frozen_fraction,
         )
         return Training(specification, config)
+
+
+def graph_of(store: Store, config: SelfTrainingConfig, pins: Pins) -> RunGraph:
+    """Return the graph of a run, with what the store knows of the models that it was given."""
+
+    def view_of(model: str) -> View:
+        return View.of(read_description(store, model))
+
+    given = pins.given_teacher
+    return RunGraph(
+        config,
+        pins,
+        None if given is None else view_of(given),
+        {model: view_of(model) for model in pins.extra_teachers},
+    )
 
 
 def model_of(trainings: Sequence[Training]) -> ModelRef:

@@ -19,6 +19,7 @@ from storage.runs import RunExists, UnknownRun, create_run, read_run_config
 from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
+from tasks.ensembles import check_teacher
 from tasks.labeling_config import resolved_form
 from tasks.launching import LocalLaunch
 from tasks.selection import check_calibration
@@ -46,6 +47,7 @@ class Pins:
         teacher_init: of the weights that the teacher starts from: a model's fingerprint or the
             sha256 of stored weights, as `teacher.init.kind` says; None: fresh ones.
         student_init: likewise; None also where students start from their teachers.
+        extra_teachers: fingerprints of the models that label beside every round's teacher.
     """
 
     labeled: str
@@ -56,6 +58,7 @@ class Pins:
     given_teacher: str | None = None
     teacher_init: str | None = None
     student_init: str | None = None
+    extra_teachers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
         given_teacher=_given_teacher(store, config, labeled.class_names),
         teacher_init=_teacher_init(store, config),
         student_init=_student_init(store, config),
+        extra_teachers=_extra_teachers(store, config, labeled.class_names),
     )
 
 
@@ -304,6 +308,24 @@ def _given_teacher(
     theirs = read_description(store, fingerprint).class_names
     class_order(theirs, class_names, model=f"teacher.model = {config.teacher.model}")
     return fingerprint
+
+
+def _extra_teachers(
+    store: Store, config: SelfTrainingConfig, class_names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the fingerprints of the extra teachers, each of which can label as is asked for."""
+    found: list[str] = []
+    for model in config.extra_teachers.models:
+        named = f"extra_teachers.models: {model}"
+        fingerprint = model_in_store(store, model, key="extra_teachers.models")
+        description = read_description(store, fingerprint)
+        class_order(description.class_names, class_names, model=named)
+        try:
+            check_teacher(store, fingerprint, config.labeling)
+        except ValueError as error:
+            raise ValueError(f"{named}: {error}") from None
+        found.append(fingerprint)
+    return tuple(dict.fromkeys(found))
 
 
 def _teacher_init(store: Store, config: SelfTrainingConfig) -> str | None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flows.config import SelfTrainingConfig
-from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, View, model_of
+from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
 from flows.reading_costs import ReadBytes, ReadingCosts, SelectedItems, read_once, stream_reads
 from storage.checkpoints import newest_checkpoint
@@ -13,7 +13,6 @@ from storage.corpus import Corpus, Shard, load_corpus
 from storage.manifest import read_provenance
 from storage.runs import UnknownRun
 from storage.store import Store
-from tasks.classifiers import read_description
 from tasks.guarding import BYTES_PER_DESCRIPTOR, SPLITS, shards_to_search
 from tasks.labeling import shards_to_label
 from tasks.labeling_config import resolved_form
@@ -37,6 +36,7 @@ class PlannedStage:
         assumed: it depends on a promotion that has not happened yet.
         state: reused, partial (goes on from what is there) or to_do.
         samples: images it reads, repetitions counted for training.
+        teachers: of a labelling, fingerprints of who labels, the round's teacher first; else None.
         shards_done: shards already labelled or searched, None for other stages.
         shards: shards in all, None for other stages.
         estimated_seconds: 0 where it is reused; else from the rate of finished stages of this run
@@ -55,6 +55,7 @@ class PlannedStage:
     state: str
     samples: int
     part: str | None = None
+    teachers: tuple[str, ...] | None = None
     shards_done: int | None = None
     shards: int | None = None
     estimated_seconds: float | None = None
@@ -75,10 +76,7 @@ def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
         config, pins = run.config, run.pins
     except UnknownRun:
         pins = resolve_inputs(store, config)
-    view = None
-    if pins.given_teacher is not None:
-        view = View.of(read_description(store, pins.given_teacher))
-    return _Planner(store, config, pins, RunGraph(config, pins, view)).estimated_stages()
+    return _Planner(store, config, pins, graph_of(store, config, pins)).estimated_stages()
 
 
 def plan_to_json(stages: list[PlannedStage]) -> dict[str, Any]:
@@ -116,11 +114,12 @@ class _Planner:
             if self.graph.needs(round_index).selection:
                 if not any(stage.kind == "guard" for stage in found):
                     found += self._guard(round_index)
-                if self.graph.labels_dev:
-                    specification = self.graph.calibration(teacher)
-                    found.append(self._label(specification, round_index, assumed=assumed))
-                specification = self.graph.label(teacher)
-                found.append(self._label(specification, round_index, assumed=assumed))
+                labelings = [self.graph.label(teacher)]
+                if self.graph.labels_dev(teacher):
+                    labelings.insert(0, self.graph.calibration(teacher))
+                teachers = tuple(self.graph.teachers(teacher))
+                for one in labelings:
+                    found.append(self._label(one, round_index, teachers, assumed=assumed))
                 selection = self.graph.select(teacher, round_index)
                 size = self._size(self.graph.unlabeled)
                 found.append(self._stage(selection, round_index, size, assumed=assumed))
@@ -214,17 +213,24 @@ class _Planner:
         ]
 
     def _label(
-        self, specification: Specification, round_index: int, *, assumed: bool
+        self,
+        specification: Specification,
+        round_index: int,
+        teachers: tuple[str, ...],
+        *,
+        assumed: bool,
     ) -> PlannedStage:
         corpus = load_corpus(self.store, specification.inputs["corpus"])
-        return self._by_shard(
+        planned = self._by_shard(
             specification,
             round_index,
             corpus,
             shards_to_label(self.store, specification.inputs["labeler"], corpus),
             assumed=assumed,
             bytes_per_row=_BYTES_PER_PREDICTION + self._probability_bytes(),
+            passes=len(teachers),
         )
+        return replace(planned, teachers=teachers)
 
     def _by_shard(
         self,
@@ -236,6 +242,7 @@ class _Planner:
         assumed: bool,
         bytes_per_row: int,
         more_bytes_read: int = 0,
+        passes: int = 1,
     ) -> PlannedStage:
         """Return a stage that commits shard by shard, of which some may be there."""
         planned = self._stage(
@@ -244,6 +251,7 @@ class _Planner:
             corpus.num_samples,
             assumed=assumed,
             is_begun=len(missing) < len(corpus.shards),
+            passes=passes,
         )
         num_bytes = more_bytes_read + sum(shard.num_bytes for shard in missing)
         return replace(
@@ -267,6 +275,7 @@ class _Planner:
         *,
         assumed: bool,
         is_begun: bool = False,
+        passes: int = 1,
     ) -> PlannedStage:
         is_done = specification.result(self.store) is not None
         training = specification.settings.get("training")
@@ -275,7 +284,7 @@ class _Planner:
         )
         self.likeness[specification.fingerprint] = like
         if is_done:
-            self._measure(specification, like, samples)
+            self._measure(specification, like, samples * passes)
         return PlannedStage(
             kind=specification.kind,
             round_index=round_index,
@@ -288,6 +297,7 @@ class _Planner:
         )
 
     def _measure(self, specification: Specification, like: str, samples: int) -> None:
+        """Note the seconds of a finished stage; `samples` counts each teacher's predictions."""
         provenance = read_provenance(self.store, specification.folder) or {}
         # A stage that was resumed tells the time of its last attempt only.
         if "seconds" in provenance and not provenance.get("resumed_at_step"):
@@ -299,7 +309,8 @@ class _Planner:
         if stage.estimated_seconds is not None or samples == 0:
             return stage
         share = 1.0 if not stage.shards else 1 - (stage.shards_done or 0) / stage.shards
-        return replace(stage, estimated_seconds=seconds / samples * stage.samples * share)
+        predictions = stage.samples * len(stage.teachers or (None,))
+        return replace(stage, estimated_seconds=seconds / samples * predictions * share)
 
     def _size(self, digest: str) -> int:
         return load_corpus(self.store, digest).num_samples

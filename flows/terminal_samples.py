@@ -4,16 +4,13 @@ from collections.abc import Callable
 
 from rich.markup import escape
 
-from flows.explaining import ExplainedRound, Explanation
+from flows.explaining import ExplainedRound, Explanation, Teacher
 from flows.terminal import out, titled_table
 from tasks.explaining import ScoredClass
 from tasks.report_sample import Caption
 
 _FACTS: dict[str, Callable[[ExplainedRound], str]] = {
-    "teacher": lambda one: (
-        f"round {one.teacher.round_index}, {one.teacher.architecture}"
-        f" {one.teacher.fingerprint[:12]}"
-    ),
+    "teacher": lambda one: "; ".join(map(_named, one.teachers)),
     "predicted class": lambda one: one.sample.predicted[0].label,
     "its confidence": lambda one: _number(one.sample.confidence),
     "margin over the second": lambda one: _number(one.sample.margin),
@@ -77,6 +74,11 @@ def captions(explanation: Explanation) -> list[Caption]:
         )
         for one in explanation.rounds
     ]
+
+
+def _named(teacher: Teacher) -> str:
+    origin = "given" if teacher.round_index is None else f"round {teacher.round_index}"
+    return f"{origin}, {teacher.architecture} {teacher.fingerprint[:12]}"
 
 
 def _number(value: float | None) -> str:

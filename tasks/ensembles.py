@@ -15,7 +15,12 @@ from models.mc_dropout import dropout_passes
 from models.randomness import derive_seed
 from models.views import KRandomViewConfig, View, check_views, view_sizes, views_of
 from storage.store import Store
-from tasks.classifiers import StoredClassifier, load_classifier, model_manifest
+from tasks.classifiers import (
+    StoredClassifier,
+    load_classifier,
+    model_manifest,
+    read_description,
+)
 from tasks.images import Interpolation, clean_view, random_resized_view
 from tasks.labeling_config import LabelingConfig
 
@@ -179,18 +184,30 @@ def load_ensemble(
     Raises: UnknownModel, ClassesMismatch; ValueError for a network that cannot take a view's size
         or for dropout without a rate.
     """
+    for model in models:
+        check_teacher(store, model, config)
     teachers = tuple(
         load_classifier(store, model, device=device, class_names=class_names)
         for model in sorted(models)
     )
-    for teacher in teachers:
-        shown = teacher.description
-        check_views(config.view, shown.architecture, shown.image_size)
     rates: tuple[float, ...] = ()
     if isinstance(config.uncertainty, McDropoutConfig):
         given = config.uncertainty.rate
         rates = tuple(given or _trained_dropout(store, one.fingerprint) for one in teachers)
     return Ensemble(teachers, config, rates)
+
+
+def check_teacher(store: Store, model: str, config: LabelingConfig) -> None:
+    """Refuse a finished model that cannot label in a certain way.
+
+    Raises: UnknownModel; ValueError for a network that cannot take a view's size, or for dropout
+        without a rate.
+    """
+    shown = read_description(store, model)
+    check_views(config.view, shown.architecture, shown.image_size)
+    uncertainty = config.uncertainty
+    if isinstance(uncertainty, McDropoutConfig) and not uncertainty.rate:
+        _trained_dropout(store, model)
 
 
 def _trained_dropout(store: Store, model: str) -> float:

@@ -508,7 +508,8 @@ def fingerprints_of() -> Callable[[RunGraph], dict[str, str]]:
                 stages[f"{i} labeler"] = graph.labeler(model)
                 stages[f"{i} label"] = graph.label(model).fingerprint
                 stages[f"{i} select"] = graph.select(model, i).fingerprint
-            student = trained(f"{i} student", graph.student(model, i))
+            trained(f"{i} student", graph.student(model, i))
+            student = graph.student_model(model, i)
             evaluated(str(i), student)
             stages[f"{i} promote"] = graph.promote(model, student).fingerprint
             model = student

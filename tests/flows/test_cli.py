@@ -81,6 +81,7 @@ PLANNED = {
     "assumed": (bool,),
     "state": TEXT,
     "samples": (int,),
+    "teachers": (list, type(None)),
     "shards_done": (int, type(None)),
     "shards": (int, type(None)),
     "estimated_seconds": (float, type(None)),
