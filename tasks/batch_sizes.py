@@ -1,12 +1,21 @@
 """How many images of a forward pass are fast and fit, found once per labeler."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _CPU_PIXELS = 16 * 224 * 224
 """Of a CPU's batch: more gain nothing, and activations of larger batches leave the caches."""
 _CPU_BOUNDS = (8, 128)
+_CPU_SHARE = 0.5  # of the memory for each core; the rest is for shards, decoded images and others
+_LIVE_OUTPUTS = 4
+"""Activations of about the largest one's size that exist at a time: what goes in, what comes out,
+a branch beside it, and what a convolution needs to compute it."""
 _GPU_BOUNDS = (16, 1024)
 _GPU_SHARE = 0.8  # of the free memory; the rest is for fragments and others
 
@@ -16,17 +25,25 @@ def find_batch_size(
 ) -> int:
     """Return the batch size that is taken where nobody asked for one.
 
-    On a CPU it follows from the image's size. On a GPU batches of growing size are predicted, and
-    the largest power of two is taken whose double may not fit any more.
+    On a CPU it follows from the image's size, and is halved until its activations fit into a core's
+    share of the free memory. On a GPU batches of growing size are predicted, and the largest power
+    of two is taken whose double may not fit any more.
 
     Args:
         image_size: side of the largest view.
         device: where to compute.
-        predict: computes a batch of so many images; None: a GPU is taken to hold few.
+        predict: computes a batch of so many images; None: a GPU is taken to hold few, a CPU what
+            is fast.
     """
     if device.type != "cuda":
         smallest, largest = _CPU_BOUNDS
-        return min(max(_CPU_PIXELS // image_size**2, smallest), largest)
+        fast = min(max(_CPU_PIXELS // image_size**2, smallest), largest)
+        free_bytes = available_bytes()
+        if predict is None or free_bytes is None:
+            return fast
+        # One process a core computes at a time.
+        share = _CPU_SHARE * free_bytes / (os.cpu_count() or 1)
+        return halved_to_fit(fast, activation_bytes(predict), share)
     if predict is None:
         return _GPU_BOUNDS[0]
 
@@ -51,3 +68,50 @@ def largest_fitting(peak_bytes: Callable[[int], int], free_bytes: int) -> int:
     while batch_size < largest and 2 * peak_bytes(batch_size) <= _GPU_SHARE * free_bytes:
         batch_size *= 2
     return batch_size
+
+
+def halved_to_fit(batch_size: int, bytes_per_image: int, free_bytes: float) -> int:
+    """Halve a batch until it fits into the memory; a single image is tried in any case."""
+    while batch_size > 1 and batch_size * bytes_per_image > free_bytes:
+        batch_size //= 2
+    return batch_size
+
+
+def activation_bytes(predict: Callable[[int], object]) -> int:
+    """Return about what the activations of one image take at a time, by predicting one."""
+    with _LargestOutput() as seen:
+        predict(1)
+    return _LIVE_OUTPUTS * seen.num_bytes
+
+
+def available_bytes() -> int | None:
+    """Return the memory that can be had without swapping; None where the system does not tell.
+
+    A container's limit counts as if nothing of it were taken.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    if limit != "max":
+        found.append(int(limit))
+    return min(found) if found else None
+
+
+class _LargestOutput(TorchDispatchMode):
+    """Watches every operation of torch for the largest tensor that one gives."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        sizes = [leaf.nbytes for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        self.num_bytes = max(self.num_bytes, *sizes, 0)
+        return found

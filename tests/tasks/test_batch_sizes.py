@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from tasks.batch_sizes import find_batch_size, largest_fitting
+from tasks import batch_sizes
+from tasks.batch_sizes import (
+    activation_bytes,
+    available_bytes,
+    find_batch_size,
+    halved_to_fit,
+    largest_fitting,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,3 +42,37 @@ def test_a_gpus_batch_is_doubled_as_long_as_the_next_one_fits(free_bytes, expect
 
     assert largest_fitting(peak_bytes, free_bytes) == expected
     assert all(10 * batch_size <= max(free_bytes, 160) for batch_size in tried)
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "expected"),
+    # 100 bytes an image, 16 of them: 1,600.
+    [(1600, 16), (1599, 8), (400, 4), (100, 1), (1, 1)],
+)
+def test_a_cpus_batch_is_halved_until_it_fits(free_bytes, expected):
+    assert halved_to_fit(16, 100, free_bytes) == expected
+
+
+def test_a_cpu_with_little_memory_takes_a_smaller_batch(monkeypatch):
+    # Of one image of 8 x 8 the convolution gives 6 x 8 x 8 floats, 1,536 bytes, and four such are
+    # taken to exist at a time: 6,144. The fast batch of 128 takes 786,432; two cores share what is
+    # there, and half of it is for activations.
+    network = torch.nn.Conv2d(3, 6, 3, padding=1)
+    asked = []
+
+    def predict(batch_size):
+        asked.append(batch_size)
+        with torch.inference_mode():
+            return network(torch.zeros(batch_size, 3, 8, 8)).mean()
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for free_bytes, expected in ((4 * 786_432, 128), (4 * 786_432 - 1, 64), (0, 1), (None, 128)):
+        monkeypatch.setattr(batch_sizes, "available_bytes", lambda found=free_bytes: found)
+        assert find_batch_size(8, torch.device("cpu"), predict) == expected
+    assert asked == [1, 1, 1], "one image tells"
+    assert activation_bytes(predict) == 6_144
+
+
+def test_what_a_system_has_is_told_where_it_says_so():
+    found = available_bytes()
+    assert found is None or 2**20 < found < 2**50
