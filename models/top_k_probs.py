@@ -190,7 +190,7 @@ def _cut(log_probs: NDArray[np.floating], temperature: float, k: int) -> TopKRow
     whole = apply_temperature(log_probs, temperature)  # (n, C)
     probs = np.exp(whole)
     num_classes = whole.shape[1]
-    ids = _largest(whole, max(k, min(2, num_classes)))  # a margin needs two
+    ids = largest_columns(whole, max(k, min(2, num_classes)))  # a margin needs two
     top_two = np.exp(np.take_along_axis(whole, ids[:, :2], axis=1))
     ids = ids[:, :k]
     kept = np.take_along_axis(whole, ids, axis=1)
@@ -201,8 +201,11 @@ def _cut(log_probs: NDArray[np.floating], temperature: float, k: int) -> TopKRow
     return TopKRows(ids, kept, rest, top_two[:, 0], margins, entropies, exact_sum(probs))
 
 
-def _largest(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """The k largest of each row, falling; of equal ones the smaller column first."""
+def largest_columns(values: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+    """The columns of the k largest values of each row, (N, k), falling.
+
+    Of equal values the smaller column comes first.
+    """
     num_columns = values.shape[1]
     if k == num_columns:
         return np.argsort(-values, axis=1, kind="stable")

@@ -1,7 +1,7 @@
 """Selections: which samples of a shard are kept, why not, how often, and with what target."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ class Selection:
     """The selection of one shard, in the shard's order; every sample has a row.
 
     Soft targets are sparse: row i owns `target_ids[target_offsets[i]:target_offsets[i + 1]]`, and
-    hard ones own none.
+    hard ones own none; a sample with several hard labels owns these, in equal parts.
 
     Attributes:
         keys: N in-shard keys, unique; a `KeyColumn` is written as it is.
@@ -140,6 +140,45 @@ class Selection:
             target_ids=ids,
             target_log_probs=values,
             rest_mass=rest,
+        )
+
+    @classmethod
+    def of_several(
+        cls,
+        keys: Sequence[str],
+        *,
+        reason: NDArray[np.integer[Any]],
+        weight: NDArray[np.floating[Any]],
+        label: NDArray[np.integer[Any]],
+        rows: NDArray[np.integer[Any]],
+        classes: NDArray[np.integer[Any]],
+    ) -> "Selection":
+        """Make a selection in which a sample may have several classes, and a copy for each.
+
+        The target of every copy is uniform over the sample's classes, so that the loss of all
+        copies is the sum of the classes' losses. Of one class it is hard.
+
+        Args:
+            keys: N in-shard keys.
+            reason: (N,) of `Reason`, KEPT for the samples in `rows` and no others.
+            weight: (N,).
+            label: (N,) of the samples that are not kept.
+            rows: (M,) ascending, the sample that each class is of.
+            classes: (M,) of falling probability within a sample, the first becomes its label.
+        """
+        copies = np.bincount(rows, minlength=len(keys))
+        made = cls.of(keys, reason=reason, copies=copies, weight=weight, label=label)
+        labels = made.label.copy()
+        found, first = np.unique(rows, return_index=True)
+        labels[found] = classes[first]
+        lengths = np.where(copies > 1, copies, 0)
+        of_several = copies[rows] > 1
+        return replace(
+            made,
+            label=labels,
+            target_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            target_ids=classes[of_several].astype(np.uint32),
+            target_log_probs=-np.log(copies[rows][of_several]).astype(np.float16),
         )
 
     @property

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from models.calibration import apply_temperature
 from models.calibration_vector import VectorScaling
 from models.debiasing import apply_offsets
-from models.top_k_probs import TopKProbs
+from models.top_k_probs import TopKProbs, largest_columns
 from storage.predictions import Listed, Predictions
 
 Distributions = NDArray[np.float64] | TopKProbs
@@ -121,6 +121,28 @@ def top_classes(distributions: Distributions) -> NDArray[np.int64]:
     if isinstance(distributions, TopKProbs):
         return distributions.labels
     return distributions.argmax(axis=1)
+
+
+def most_probable(
+    distributions: Distributions, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the most probable classes of each row and their probabilities, (N, count), falling.
+
+    Raises: ValueError if so many classes are not known of a row.
+    """
+    is_cut = isinstance(distributions, TopKProbs)
+    log_probs = distributions.log_probs if is_cut else distributions
+    if count > log_probs.shape[1]:
+        listed = "these predictions list (labeling.k)" if is_cut else "there are"
+        raise ValueError(
+            f"selection.balance.classes_per_image={count} is more than the {log_probs.shape[1]}"
+            f" classes that {listed}"
+        )
+    places = largest_columns(log_probs, count)
+    probs = np.exp(np.take_along_axis(log_probs, places, axis=1)).astype(np.float32)
+    if isinstance(distributions, TopKProbs):
+        places = np.take_along_axis(distributions.class_ids, places, axis=1)
+    return places, probs
 
 
 def dense_probs(distributions: Distributions) -> NDArray[np.float64]:

@@ -192,7 +192,7 @@ def _judgement(
     label, confidence = int(labels[row]), float(confidences[row])
     threshold, kept_from = _thresholds(rules, summary, label)
     reason = Reason(int(chosen.reason[chosen_row]))
-    target, target_top = _target(chosen, chosen_row, class_names)
+    target, target_top = _target(chosen, chosen_row, class_names, kind=rules["target"])
     return Judgement(
         label=class_names[label],
         confidence=confidence,
@@ -273,7 +273,7 @@ def _is_below(confidence: float, bound: float | None) -> bool:
 
 
 def _target(
-    chosen: Selection, row: int, class_names: Sequence[str]
+    chosen: Selection, row: int, class_names: Sequence[str], *, kind: str
 ) -> tuple[str | None, tuple[ScoredClass, ...]]:
     if not chosen.kept[row]:
         return None, ()
@@ -282,7 +282,7 @@ def _target(
         return "hard", (ScoredClass(class_names[int(chosen.label[row])], 1.0),)
     probs = np.exp(chosen.target_log_probs[span].astype(np.float64))
     names = [class_names[int(class_id)] for class_id in chosen.target_ids[span]]
-    return "soft", _top(probs, names)
+    return kind, _top(probs, names)
 
 
 def _top(probs: NDArray[np.float64], names: Sequence[str]) -> tuple[ScoredClass, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.balancing import FinishedPlan, assign_copies
+from models.balancing import FinishedPlan, assign_copies, classes_per_image
 from models.calibration import apply_temperature, fit_temperature, platt_smoothing
 from models.calibration_vector import fit_vector_scaling
 from models.evaluation.calibration_error import expected_calibration_error
@@ -218,13 +218,19 @@ def write_selections(
         # The one pass that reads files whole: each is checked before its selection is committed.
         rows = Rows.read(store, inputs, stem, to_write=True)
         assert rows.true_labels is not None, "read to write"
-        selection = _select(rows, plan, inputs, config)
+        selection, item_classes = _select(rows, plan, inputs, config)
         data = to_parquet(selection)
         stored = put_object(
             store, specification.folder, digest, data, "parquet", crash_kind="select"
         )
         crash_points.reach("select.between_data_and_record")
-        counts = ShardCounts.of(selection, rows.true_labels, rows.confidences, inputs.num_classes)
+        counts = ShardCounts.of(
+            selection,
+            rows.true_labels,
+            rows.confidences,
+            inputs.num_classes,
+            item_classes=item_classes,
+        )
         body = {
             "schema": RECORD_SCHEMA,
             "stem": stem,
@@ -318,32 +324,46 @@ def read_summary(store: Store, manifest: Manifest) -> dict[str, Any]:
 
 def _select(
     rows: Rows, plan: FinishedPlan, inputs: SelectionInputs, config: SelectionConfig
-) -> Selection:
+) -> tuple[Selection, NDArray[np.integer] | None]:
+    """Return the selection, and the class of each item where an image may have several."""
     assert inputs.weighting is not None, "weights come before"
-    passing = np.flatnonzero(rows.passes(inputs))
+    ranked = rows.ranked(inputs, config.balance)
 
     def keys_of(chosen: NDArray[np.intp]) -> NDArray[np.str_]:
-        return rows.sample_keys(passing[chosen])
+        return rows.sample_keys(ranked.rows[chosen])
 
-    copies = np.zeros(rows.num_samples, dtype=np.uint16)
-    reason = np.full(rows.num_samples, Reason.BELOW_THRESHOLD, dtype=np.int8)
-    copies[passing] = assign_copies(
+    found = assign_copies(
         plan,
-        rows.labels[passing],
-        rows.ranking(config.balance)[passing],
+        ranked.labels,
+        ranked.values,
         keys_of,
         lambda chosen: uniforms(
-            inputs.stream, rows.key_hashes(passing[chosen]), block=Block.BALANCE
+            inputs.stream, rows.key_hashes(ranked.rows[chosen]), block=Block.BALANCE
         ),
     )
-    reason[passing] = np.where(copies[passing] > 0, Reason.KEPT, Reason.OVER_QUOTA)
+    reason = np.full(rows.num_samples, Reason.BELOW_THRESHOLD, dtype=np.int8)
+    reason[ranked.rows] = Reason.OVER_QUOTA
+    reason[ranked.rows[found > 0]] = Reason.KEPT
     if rows.turned_down is not None:
         reason = np.where(rows.turned_down == Reason.KEPT, reason, rows.turned_down)
     assert rows.keys is not None, "read to write"
+    if classes_per_image(config.balance) > 1:
+        taken = found > 0
+        selection = Selection.of_several(
+            rows.keys,
+            reason=reason,
+            weight=rows.weights(inputs.weighting),
+            label=rows.labels,
+            rows=ranked.rows[taken],
+            classes=ranked.labels[taken],
+        )
+        return selection, ranked.labels[taken]
+    copies = np.zeros(rows.num_samples, dtype=np.uint16)
+    copies[ranked.rows] = found
     log_probs = class_ids = rest_mass = None
     if config.target == "soft":
         log_probs, class_ids, rest_mass = rows.soft_targets()
-    return Selection.of(
+    selection = Selection.of(
         rows.keys,
         reason=reason,
         copies=copies,
@@ -353,6 +373,7 @@ def _select(
         class_ids=class_ids,
         rest_mass=rest_mass,
     )
+    return selection, None
 
 
 def _labeled_counts(store: Store, digest: str, class_names: Sequence[str]) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.balancing import (
     BalanceConfig,
     NsBinnedConfig,
+    classes_per_image,
     ranks_by_uncertainty,
     reads_labeled_counts,
 )
@@ -103,6 +104,16 @@ class SelectionConfig(BaseModel):
             raise ValueError(
                 f"selection.{reader} reads deviation or votes of the class that the teacher"
                 f" predicted, and {changer} may change the class: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_classes_are_hard_labels(self) -> "SelectionConfig":
+        if classes_per_image(self.balance) > 1 and self.target != "hard":
+            raise ValueError(
+                f"selection.balance.classes_per_image={classes_per_image(self.balance)} labels an"
+                f" image with the classes that take it, not with target={self.target}: set target:"
+                " hard"
             )
         return self
 

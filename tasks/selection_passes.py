@@ -189,17 +189,16 @@ def collect_candidates(
 ) -> Candidates:
     """Map: the rows that a quota's boundary runs through."""
     inputs.assert_next("balance")
-    labels: list[NDArray[np.uint32]] = []
+    labels: list[NDArray[np.integer]] = []
     confidences: list[NDArray[np.floating]] = []
     keys: list[NDArray[np.str_]] = []
     for stem in stems:
         rows = Rows.read(store, inputs, stem, with_keys=True)
-        passing = np.flatnonzero(rows.passes(inputs))
-        ranks = rows.ranking(config.balance)
-        near = passing[is_at_boundary(plan, rows.labels[passing], ranks[passing])]
-        labels.append(rows.labels[near])
-        confidences.append(ranks[near])
-        keys.append(rows.sample_keys(near))
+        ranked = rows.ranked(inputs, config.balance)
+        near = is_at_boundary(plan, ranked.labels, ranked.values)
+        labels.append(ranked.labels[near])
+        confidences.append(ranked.values[near])
+        keys.append(rows.sample_keys(ranked.rows[near]))
     return boundary_candidates(
         plan, np.concatenate(labels), np.concatenate(confidences), np.concatenate(keys)
     )
@@ -207,19 +206,18 @@ def collect_candidates(
 
 def _pooled(
     store: Store, inputs: SelectionInputs, stems: Sequence[str], balance: BalanceConfig
-) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.floating]]]:
+) -> Iterator[tuple[NDArray[np.integer], NDArray[np.floating]]]:
     """Yield labels and ranks of the rows that reach the threshold, of some shards at a time.
 
     A histogram has many more cells than a shard has rows, so it is not made for each.
     """
-    labels: list[NDArray[np.uint32]] = []
+    labels: list[NDArray[np.integer]] = []
     ranks: list[NDArray[np.floating]] = []
     num_rows = 0
     for number, stem in enumerate(stems, start=1):
-        rows = Rows.read(store, inputs, stem)
-        passes = rows.passes(inputs)
-        labels.append(rows.labels[passes])
-        ranks.append(rows.ranking(balance)[passes])
+        ranked = Rows.read(store, inputs, stem).ranked(inputs, balance)
+        labels.append(ranked.labels)
+        ranks.append(ranked.values)
         num_rows += len(labels[-1])
         if num_rows >= _POOLED_ROWS or number == len(stems):
             yield np.concatenate(labels), np.concatenate(ranks)

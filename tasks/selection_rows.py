@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from models.balancing import BalanceConfig, ranking
+from models.balancing import BalanceConfig, classes_per_image, ranking
 from models.randomness import hash_utf8_keys
 from models.thresholds import FinishedThresholds, reaches_thresholds
 from models.top_k_probs import TopKProbs
@@ -17,7 +17,7 @@ from storage.prediction_columns import PredictionColumns, PredictionReference
 from storage.samples import sample_key
 from storage.selections import Reason
 from storage.store import Store
-from tasks.distributions import Calibration, Distributions
+from tasks.distributions import Calibration, Distributions, most_probable
 from tasks.selection_gates import NO_GATES, Gates, outputs_of
 
 Step = Literal["gate", "calibrate", "debias", "threshold", "weight", "balance", "write"]
@@ -66,6 +66,21 @@ class SelectionInputs:
         """Assert that all steps before this one are done, and no other."""
         before = STEPS[: STEPS.index(step)]
         assert self.done == before, f"{step} comes after {before}, but {self.done} are done"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Rows of a shard, each under a class; once, or under its most probable ones behind each other.
+
+    Attributes:
+        rows: (M,) in the shard, ascending.
+        labels: (M,) class; of one row each once, the most probable first.
+        values: (M,) in [0, 1], by which rows of a class are ranked, the best at 1.
+    """
+
+    rows: NDArray[np.intp]
+    labels: NDArray[np.integer]
+    values: NDArray[np.floating]
 
 
 @dataclass
@@ -199,9 +214,20 @@ class Rows:
         )
         return passes if self.turned_down is None else passes & (self.turned_down == Reason.KEPT)
 
-    def ranking(self, balance: BalanceConfig) -> NDArray[np.floating]:
-        """Return what a balancing rule ranks rows by, (N,) in [0, 1], the best at 1."""
-        return ranking(balance, self.confidences, self.uncertainty)
+    def ranked(self, inputs: SelectionInputs, balance: BalanceConfig) -> "Ranked":
+        """Return the rows that pass as a balancing rule ranks them."""
+        passing = np.flatnonzero(self.passes(inputs))
+        count = classes_per_image(balance)
+        if count == 1:
+            values = ranking(balance, self.confidences, self.uncertainty)
+            return Ranked(passing, self.labels[passing], values[passing])
+        classes = np.empty((self.num_samples, count), np.int64)
+        probs = np.empty((self.num_samples, count), np.float32)
+        for rows, found in self.blocks():
+            classes[rows], probs[rows] = most_probable(found, count)
+        return Ranked(
+            np.repeat(passing, count), classes[passing].reshape(-1), probs[passing].reshape(-1)
+        )
 
     def weights(self, weighting: FinishedWeighting) -> NDArray[np.float32]:
         """Return the weight of each row in the loss, (N,)."""

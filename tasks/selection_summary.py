@@ -61,10 +61,23 @@ class ShardCounts:
         true_labels: NDArray[np.int32],
         confidences: NDArray[np.float32],
         num_classes: int,
+        *,
+        item_classes: NDArray[np.integer] | None = None,
     ) -> "ShardCounts":
-        """Count one shard; true labels enter here, after everything has been decided."""
+        """Count one shard; true labels enter here, after everything has been decided.
+
+        Args:
+            selection: of the shard.
+            true_labels: (N,), -1 unknown.
+            confidences: (N,) as the threshold saw them.
+            num_classes: C.
+            item_classes: (M,) class of each selected item; None: the label of its image.
+        """
         labels, kept = selection.label.astype(np.int64), selection.kept
-        copies = np.bincount(labels, weights=selection.copies, minlength=num_classes)
+        if item_classes is None:
+            copies = np.bincount(labels, weights=selection.copies, minlength=num_classes)
+        else:
+            copies = np.bincount(item_classes, minlength=num_classes)
         reasons = np.bincount(selection.reason, minlength=len(Reason))
         bins = np.minimum((confidences * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
 

@@ -66,6 +66,7 @@ __all__ = [
     "TopKPlan",
     "assign_copies",
     "boundary_candidates",
+    "classes_per_image",
     "confidence_histogram",
     "finish_plan",
     "is_at_boundary",
@@ -121,6 +122,11 @@ def confidence_histogram(
     return _confidence_histogram(
         labels, confidences, num_classes=num_classes, bins=bins, num_bins=num_bins
     )
+
+
+def classes_per_image(config: BalanceConfig) -> int:
+    """Under how many of its most probable classes an image is ranked."""
+    return config.classes_per_image if isinstance(config, TopKConfig) else 1
 
 
 def ranks_by_uncertainty(config: BalanceConfig) -> bool:

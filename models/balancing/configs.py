@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Quota = Annotated[int, Field(ge=1)] | Literal["median"]
 _QUOTA = (
@@ -47,7 +47,8 @@ class NsBinnedConfig(BaseModel):
 class TopKConfig(BaseModel):
     """The k most confident of each class exactly, ties by key; smaller classes are duplicated.
 
-    Source: the rule as the paper's text describes it (Xie et al. 2020, section 2.2).
+    Source: the rule as the paper's text describes it (Xie et al. 2020, section 2.2); for several
+    classes of an image Yalniz et al. 2019, section 3.2.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +65,24 @@ class TopKConfig(BaseModel):
         le=65535,
         description="Most copies of one sample. No effect without upsample.",
     )
+    classes_per_image: int = Field(
+        default=1,
+        ge=1,
+        description="Under how many of its most probable classes an image is ranked, P of the"
+        " paper. Each class that takes it gives it one copy, and its label. Above 1: with upsample:"
+        " false and selection.target hard.",
+        json_schema_extra={"absent_means": 1},
+    )
+
+    @model_validator(mode="after")
+    def _one_copy_of_each_class(self) -> "TopKConfig":
+        if self.classes_per_image > 1 and self.upsample:
+            raise ValueError(
+                f"balance.classes_per_image={self.classes_per_image} gives an image one copy of"
+                " each class that takes it, so smaller classes cannot be duplicated: set upsample:"
+                " false"
+            )
+        return self
 
 
 class CrestConfig(BaseModel):

@@ -49,6 +49,17 @@ def sparse():
     )
 
 
+def several():
+    return Selection.of_several(
+        KEYS,
+        reason=REASON,
+        weight=np.ones(4),
+        label=np.array([0, 2, 1, 0]),
+        rows=np.array([0, 2, 2]),
+        classes=np.array([2, 1, 0]),
+    )
+
+
 def assert_equal(a, b):
     assert a.keys == b.keys
     for name in Selection.__dataclass_fields__:
@@ -57,7 +68,7 @@ def assert_equal(a, b):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
-@pytest.mark.parametrize("make", [hard, soft, sparse])
+@pytest.mark.parametrize("make", [hard, soft, sparse, several])
 def test_selection_reads_back_bit_for_bit(make):
     selection = make()
     data = to_parquet(selection)
