@@ -128,8 +128,8 @@ def _out_of_domain(
 
 def _labelers_temperature(store: Store, inputs: SelectionInputs) -> float | None:
     """Return what calibrated the stored predictions; None where nothing did."""
-    first = load_corpus(store, inputs.corpus).shards[0]
-    return prediction_record(store, inputs.labeler, first.digest)["facts"].get("temperature")
+    first = next(iter(inputs.shards.values()))
+    return prediction_record(store, inputs.labeler, first.shard)["facts"].get("temperature")
 
 
 def _dev_outputs(store: Store, manifest: Manifest, temperature: float | None) -> Outputs:
