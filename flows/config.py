@@ -12,9 +12,9 @@ from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
     StudentConfig,
     TeacherConfig,
-    TrainedTeacher,
     check_training,
     resulting_size,
+    trained_teacher,
 )
 from models.aggregation import McDropoutConfig
 from models.architectures import architecture_at, architecture_name
@@ -122,7 +122,8 @@ class SelfTrainingConfig(_Config):
         description="Undecodable images a shard may hold; they are counted, listed and skipped.",
     )
     teacher: TeacherConfig = Field(
-        description="Round 0: a training on the labels alone, or a model that is given."
+        description="Round 0: a training on the labels alone, a model that is given, or the last"
+        " one that another run promoted."
     )
     extra_teachers: ExtraTeachersConfig = Field(
         default=NO_EXTRA_TEACHERS,
@@ -200,8 +201,7 @@ class SelfTrainingConfig(_Config):
         for round_index in range(1, max(1, len(student.ladder)) + 1):
             named = f"student.ladder, step {round_index}" if student.ladder else "student"
             check_training(student.for_round(round_index), student.followers(), named=named)
-        if isinstance(self.teacher, TrainedTeacher):
-            check_training(self.teacher.training(), self.teacher.followers(), named="teacher")
+        self._check_teacher()
         self._refuse_useless_settings(student)
         self._refuse_impossible_labeling(student)
         self._refuse_other_architectures(student)
@@ -214,8 +214,9 @@ class SelfTrainingConfig(_Config):
         if not isinstance(launch, LocalLaunch) or launch.processes == "auto":
             return self
         trainings: list[tuple[str, TrainingConfig, tuple[tuple[str, FinetuneConfig], ...]]] = []
-        if isinstance(self.teacher, TrainedTeacher):
-            trainings.append(("teacher", self.teacher.training(), self.teacher.followers()))
+        if (trained := trained_teacher(self.teacher)) is not None:
+            name, teacher = trained
+            trainings.append((name, teacher.training(), teacher.followers()))
         if self.student is not None:
             followers = self.student.followers()
             for round_index in range(1, max(1, len(self.student.ladder)) + 1):
@@ -252,8 +253,12 @@ class SelfTrainingConfig(_Config):
                 f"rounds=0 trains the teacher alone, so {', '.join(useless)} cannot take effect:"
                 " leave it out (baseline: false), or raise rounds"
             )
-        if isinstance(self.teacher, TrainedTeacher):
-            check_training(self.teacher.training(), self.teacher.followers(), named="teacher")
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        if (trained := trained_teacher(self.teacher)) is not None:
+            name, teacher = trained
+            check_training(teacher.training(), teacher.followers(), named=name)
 
     def _refuse_useless_settings(self, student: StudentConfig) -> None:
         """Refuse what an objective that labels while it trains would leave unread."""
@@ -286,8 +291,8 @@ class SelfTrainingConfig(_Config):
         teachers = [
             ("student", student.for_round(i), student.followers()) for i in range(1, self.rounds)
         ]
-        if isinstance(self.teacher, TrainedTeacher):
-            teachers.append(("teacher", self.teacher.training(), self.teacher.followers()))
+        if (trained := trained_teacher(self.teacher)) is not None:
+            teachers.append(("teacher", trained[1].training(), trained[1].followers()))
         uncertainty = labeling.uncertainty
         for name, config, followers in teachers:
             size = resulting_size(config, followers)
@@ -321,8 +326,9 @@ class SelfTrainingConfig(_Config):
             return
         students = [student.for_round(i).architecture for i in range(1, self.rounds + 1)]
         chain = [("student", one) for one in students]
-        if isinstance(student.init, TeacherInit) and isinstance(self.teacher, TrainedTeacher):
-            chain = [("teacher", self.teacher.architecture), *chain]
+        trained = trained_teacher(self.teacher)
+        if isinstance(student.init, TeacherInit) and trained is not None:
+            chain = [("teacher", trained[1].architecture), *chain]
         for (before, one), (_, other) in pairwise(chain):
             if architecture_name(one) != architecture_name(other):
                 raise ValueError(
@@ -334,8 +340,8 @@ class SelfTrainingConfig(_Config):
     def _refuse_teachers_of_another_size(self, student: StudentConfig) -> None:
         """Refuse a teacher that would be shown a student's views at a size it is not made for."""
         teacher_size = None  # of a given one: known when the training loads it
-        if isinstance(self.teacher, TrainedTeacher):
-            teacher_size = resulting_size(self.teacher.training(), self.teacher.followers())
+        if (trained := trained_teacher(self.teacher)) is not None:
+            teacher_size = resulting_size(trained[1].training(), trained[1].followers())
         for round_index in range(1, self.rounds + 1):
             config = student.for_round(round_index)
             sizes = (teacher_size, config.image_size)

@@ -89,6 +89,8 @@ class RunDriver:
     run: OpenRun
     graph: RunGraph = field(init=False)
     _is_guarded: bool = field(init=False, default=False)
+    _num_computed: int = field(init=False, default=0)
+    _num_shown: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.graph = graph_of(self.run.store, self.run.config, self.run.pins)
@@ -240,9 +242,14 @@ class RunDriver:
     def conclude_round(self) -> None:
         """Rebuild the run's views: run.json, report.html and the table in the Prefect UI.
 
-        A view that cannot be made costs the run nothing: it is logged, and `selftrain report`
-        makes it again.
+        Where nothing was computed since they were made, they are left as they are. A view that
+        cannot be made costs the run nothing: it is logged, and `selftrain report` makes it again.
         """
+        if self._num_computed > self._num_shown:
+            self._show_results()
+
+    def _show_results(self) -> None:
+        self._num_shown = self._num_computed
         try:
             status = write_views(self.run)
         except Exception:
@@ -264,8 +271,9 @@ class RunDriver:
             stop_reason=stop_reason,
             model=model.fingerprint,
             round_index=model.round_index,
+            stages_computed=self._num_computed,
         )
-        self.conclude_round()
+        self._show_results()
         return read_status(self.run.store, self.run.name)
 
     def _train(
@@ -372,13 +380,15 @@ class RunDriver:
                 f"stage {specification.kind} ended without {specification.folder}/manifest.json:"
                 " was the store changed while the run went on?"
             )
+        is_reused = state.name == "Reused"
+        self._num_computed += not is_reused
         append_event(
             self.run.store,
             self.run.name,
             "stage_done",
             **facts,
             manifest_sha256=manifest.sha256,
-            is_reused=state.name == "Reused",
+            is_reused=is_reused,
             seconds=round(time.monotonic() - started, 3),
         )
         return manifest

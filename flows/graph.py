@@ -13,7 +13,7 @@ from flows.starting_weights import (
     StudentInitConfig,
     TeacherInit,
 )
-from flows.trained_models import StudentConfig, TrainedTeacher
+from flows.trained_models import StudentConfig, trained_teacher
 from models.finetuning import FinetuneConfig
 from models.near_duplicates import LeakGuardNoneConfig, NearDuplicatesConfig
 from models.training import TrainingConfig
@@ -97,9 +97,11 @@ class RunGraph:
 
     def teacher(self) -> tuple[Training, ...]:
         """Return the trainings of round 0 in their order; none where the teacher is given."""
-        teacher = self.config.teacher
-        if not isinstance(teacher, TrainedTeacher):
+        trained = trained_teacher(self.config.teacher)
+        # A model that was found comes before the section for the case that there is none.
+        if trained is None or self.pins.given_teacher is not None:
             return ()
+        _, teacher = trained
         config = teacher.training()
         init = self._init(teacher.init, self.pins.teacher_init, teacher=None)
         first = self._train(config, round_index=0, role="teacher", init=init)

@@ -8,14 +8,21 @@ from pydantic import TypeAdapter
 
 from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
 from flows.corpora import index_corpus
+from flows.latest_teachers import FinishedRun, newest_finished, series_of
 from flows.loading import ConfigError, override_config
 from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
-from flows.trained_models import GivenTeacher, StudentConfig, TrainedTeacher
+from flows.trained_models import (
+    GivenTeacher,
+    LatestTeacher,
+    StudentConfig,
+    TrainedTeacher,
+    trained_teacher,
+)
 from models.training import TrainingConfig
 from storage.addresses import canonical_json, sha256_hex
 from storage.corpus import Corpus, load_corpus
 from storage.manifest import UnknownSchema
-from storage.runs import RunExists, UnknownRun, create_run, read_run_config
+from storage.runs import RunExists, UnknownRun, create_run, list_runs, read_run_config
 from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
@@ -32,6 +39,8 @@ MACHINE_SETTINGS = ("device", "cache", "loader_threads", "materialize", "launch"
 """Keys that say where and how a run computes. They are in no fingerprint, and each attempt at a run
 may have its own."""
 
+_OF_AN_ATTEMPT = ("name", *MACHINE_SETTINGS)
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -43,7 +52,8 @@ class Pins:
         test: digest of the test split, None without one.
         unlabeled: digest of the corpus to label; None only in a run without rounds.
         class_names: label space: output i of every model is class_names[i].
-        given_teacher: fingerprint of the teacher, None where round 0 is trained.
+        given_teacher: fingerprint of the teacher, None where round 0 is trained; of a latest one
+            that which was the newest when the run was opened.
         teacher_init: of the weights that the teacher starts from: a model's fingerprint or the
             sha256 of stored weights, as `teacher.init.kind` says; None: fresh ones.
         student_init: likewise; None also where students start from their teachers.
@@ -164,17 +174,15 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
     if config.rounds > 0 and data.unlabeled is not None:
         unlabeled = _corpus(store, data, "unlabeled", data.unlabeled)
     _check_disjoint({"labeled": labeled, "dev": dev, "test": test, "unlabeled": unlabeled})
-    return Pins(
+    pins = Pins(
         labeled=labeled.digest,
         dev=dev.digest,
         test=None if test is None else test.digest,
         unlabeled=None if unlabeled is None else unlabeled.digest,
         class_names=labeled.class_names,
-        given_teacher=_given_teacher(store, config, labeled.class_names),
-        teacher_init=_teacher_init(store, config),
-        student_init=_student_init(store, config),
         extra_teachers=_extra_teachers(store, config, labeled.class_names),
     )
+    return _with_models(store, config, pins)
 
 
 def refuse_without_room(store: Store, config: SelfTrainingConfig, pins: Pins) -> None:
@@ -276,8 +284,8 @@ def _check_calibration(config: SelfTrainingConfig, num_classes: int) -> None:
 def trainings_of(config: SelfTrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
     """Yield the trainings of a config by their keys, with the stages after them."""
     sections: list[tuple[str, TrainedTeacher | StudentConfig, TrainingConfig]] = []
-    if isinstance(config.teacher, TrainedTeacher):
-        sections.append(("teacher", config.teacher, config.teacher.training()))
+    if (trained := trained_teacher(config.teacher)) is not None:
+        sections.append((*trained, trained[1].training()))
     if config.student is not None:
         sections.append(("student", config.student, config.student.for_round(1)))
     for name, section, training in sections:
@@ -299,14 +307,77 @@ def _check_disjoint(splits: dict[str, Corpus | None]) -> None:
             seen[shard.tar_digest] = name
 
 
-def _given_teacher(
-    store: Store, config: SelfTrainingConfig, class_names: tuple[str, ...]
-) -> str | None:
-    if not isinstance(config.teacher, GivenTeacher):
+def _with_models(store: Store, config: SelfTrainingConfig, pins: Pins) -> Pins:
+    """Return the pins of the corpora with those of the models that the run starts from."""
+    if isinstance(config.teacher, LatestTeacher):
+        found = newest_finished(store, config.teacher.of)
+        if found is not None:
+            before = _same_night(store, config, pins, found)
+            if before is not None:
+                return before
+            model, key = f"models/{found.model}", f"teacher.of, run {found.name}"
+        else:
+            model, key = _otherwise(store, config.teacher)
+    else:
+        model, key = _named_model(config.teacher, "teacher")
+    given = None if model is None else _checked_teacher(store, pins, model, key=key)
+    trained = None if given is not None else trained_teacher(config.teacher)
+    init = None
+    if trained is not None:
+        key, section = trained
+        init = pin_init(store, section.init, section.architecture, key=key)
+    return replace(
+        pins,
+        given_teacher=given,
+        teacher_init=init,
+        student_init=_student_init(store, config, given),
+    )
+
+
+def _named_model(teacher: TrainedTeacher | GivenTeacher, key: str) -> tuple[str | None, str]:
+    """Return the model that a section gives, None where it is trained, and the key of it."""
+    return (teacher.model if isinstance(teacher, GivenTeacher) else None), f"{key}.model"
+
+
+def _otherwise(store: Store, teacher: LatestTeacher) -> tuple[str | None, str]:
+    """Return what the teacher is while there is no finished run.
+
+    Raises: UnknownRun if the config does not say it.
+    """
+    if teacher.otherwise is None:
+        known = ", ".join(list_runs(store)) or "none"
+        raise UnknownRun(
+            f"teacher.of = {teacher.of!r}: no run of this name, nor a scheduled one"
+            f" ({teacher.of}-<UTC start>), has come to its end in {store.url}; runs there: {known}."
+            " Finish one, or say in teacher.otherwise how the first teacher is made"
+        )
+    return _named_model(teacher.otherwise, "teacher.otherwise")
+
+
+def _same_night(
+    store: Store, config: SelfTrainingConfig, pins: Pins, found: FinishedRun
+) -> Pins | None:
+    """Return the pins of the run before in a series that refers to itself, if nothing has changed.
+
+    Without this rule a series would train student after student on the same data, night by night.
+    """
+    assert isinstance(config.teacher, LatestTeacher)
+    if config.teacher.of != series_of(config.name):
         return None
-    fingerprint = model_in_store(store, config.teacher.model, key="teacher.model")
+    before = reopen_run(store, found.name)
+    ours, theirs = (
+        {key: value for key, value in _stored_config(one).items() if key not in _OF_AN_ATTEMPT}
+        for one in (config, before.config)
+    )
+    models = ("given_teacher", "teacher_init", "student_init")
+    corpora = replace(before.pins, **dict.fromkeys(models))
+    return before.pins if (ours, corpora) == (theirs, pins) else None
+
+
+def _checked_teacher(store: Store, pins: Pins, model: str, *, key: str) -> str:
+    fingerprint = model_in_store(store, model, key=key)
     theirs = read_description(store, fingerprint).class_names
-    class_order(theirs, class_names, model=f"teacher.model = {config.teacher.model}")
+    class_order(theirs, pins.class_names, model=f"{key} = {model}")
     return fingerprint
 
 
@@ -328,20 +399,13 @@ def _extra_teachers(
     return tuple(dict.fromkeys(found))
 
 
-def _teacher_init(store: Store, config: SelfTrainingConfig) -> str | None:
-    teacher = config.teacher
-    if not isinstance(teacher, TrainedTeacher):
-        return None
-    return pin_init(store, teacher.init, teacher.architecture, key="teacher")
-
-
-def _student_init(store: Store, config: SelfTrainingConfig) -> str | None:
+def _student_init(store: Store, config: SelfTrainingConfig, given: str | None) -> str | None:
     student = config.student
     if student is None:
         return None
     architecture = student.for_round(1).architecture
-    if isinstance(student.init, TeacherInit) and isinstance(config.teacher, GivenTeacher):
+    if isinstance(student.init, TeacherInit) and given is not None:
         # The one teacher whose network the config does not tell.
-        model_init = ModelInit(model=config.teacher.model)
+        model_init = ModelInit(model=f"models/{given}")
         pin_init(store, model_init, architecture, key="student")
     return pin_init(store, student.init, architecture, key="student")

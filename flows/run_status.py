@@ -18,6 +18,12 @@ from tasks.specifications import folder_of, read_result
 
 STATUS_SCHEMA = 1
 
+_STOP_REASONS = {
+    "max_rounds": "all rounds done",
+    "no_gain": "the last student was worse than its teacher",
+    "no_dev_gain": "dev accuracy stopped rising",
+}
+
 
 @dataclass
 class RoundStatus:
@@ -70,6 +76,8 @@ class RunStatus:
         rounds: by index.
         baseline: the supervised baseline, in the form of a round.
         model_url: the last promoted model, None until there is one.
+        stages_computed: by the attempt that came to the end; the others were in the store. None
+            until done.
     """
 
     run: str
@@ -81,11 +89,21 @@ class RunStatus:
     rounds: tuple[RoundStatus, ...]
     baseline: RoundStatus | None
     model_url: str | None
+    stages_computed: int | None = None
 
     @property
     def report_url(self) -> str:
         """Where the report lies once a round is concluded."""
         return f"{self.store}/runs/{self.run}/report.html"
+
+    def ending_in_words(self) -> str:
+        """Return why the run ended, and whether its last attempt had anything to compute."""
+        if self.stop_reason is None:
+            return self.state
+        reason = _STOP_REASONS.get(self.stop_reason, self.stop_reason)
+        if self.stages_computed != 0:
+            return reason
+        return f"nothing new: every stage was in the store; {reason}"
 
     def model_fingerprint(self) -> str:
         """Return the fingerprint of the run's model.
@@ -109,6 +127,7 @@ class RunStatus:
             "run": self.run,
             "state": self.state,
             "stop_reason": self.stop_reason,
+            "stages_computed": self.stages_computed,
             "store": self.store,
             "versions_mixed": self.versions_mixed,
             "labels": self.labels,
@@ -123,16 +142,17 @@ def read_status(store: Store, name: str) -> RunStatus:
     """Derive the status of a run; raises UnknownRun, listing the known ones."""
     run = reopen_run(store, name)
     events = read_events(store, name)
-    state, stop_reason = "unfinished", None
+    state, stop_reason, stages_computed = "unfinished", None, None
     rounds: dict[int, RoundStatus] = {}
     baseline: RoundStatus | None = None
     stages: dict[str, dict[str, Any]] = {}
     for event in events:
         match event["type"]:
             case "run_started":
-                state, stop_reason = "unfinished", None
+                state, stop_reason, stages_computed = "unfinished", None, None
             case "run_done":
                 state, stop_reason = "done", event["stop_reason"]
+                stages_computed = event.get("stages_computed")  # earlier versions did not count
             case "run_failed" | "run_stopped":
                 state = event["type"].removeprefix("run_")
             case "stage_referenced" | "stage_done":
@@ -162,6 +182,7 @@ def read_status(store: Store, name: str) -> RunStatus:
         rounds=ordered,
         baseline=baseline,
         model_url=_model_url(run, ordered),
+        stages_computed=stages_computed,
     )
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from flows.config import SelfTrainingConfig
 from flows.driving import driving
+from flows.latest_teachers import scheduled_name
 from flows.opening import open_run
 from flows.stopping import has_stalled
 from storage.store import open_store
@@ -17,7 +19,7 @@ def run_name(config: SelfTrainingConfig) -> str:
     """Return the config's name, with the UTC start behind it where a schedule started the run."""
     if "auto-scheduled" not in (flow_run.tags or []):
         return config.name
-    return f"{config.name}-{flow_run.scheduled_start_time:%Y%m%dt%H%M%S}z"
+    return scheduled_name(config.name, flow_run.scheduled_start_time)
 
 
 def _flow_run_name() -> str:
@@ -25,14 +27,14 @@ def _flow_run_name() -> str:
 
 
 @flow(name="self-training", flow_run_name=_flow_run_name, persist_result=False)
-def self_training(config: SelfTrainingConfig) -> dict[str, Any]:
+def self_training(config: SelfTrainingConfig) -> Any:
     """Train a teacher, then students on its pseudo-labels, each the next one's teacher.
 
     The store decides what is still to do: a run of the same name and config goes on where it was.
 
     Args:
         config: the whole run; its inputs are pinned when it starts for the first time.
-    Returns: the run's status, as `selftrain status --json` prints it.
+    Returns: the run's status, as `selftrain status --json` prints it; Prefect unpacks the state.
     """
     url = config.store or os.environ.get("SELFTRAIN_STORE")
     if not url:
@@ -63,4 +65,5 @@ def self_training(config: SelfTrainingConfig) -> dict[str, Any]:
                 stop_reason = "no_dev_gain"
                 break
         run.train_baseline(round_index)
-        return run.finish(stop_reason, teacher).to_json()
+        status = run.finish(stop_reason, teacher)
+        return Completed(message=status.ending_in_words(), data=status.to_json())

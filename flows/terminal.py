@@ -167,16 +167,11 @@ def titled_table(title: str | None) -> Table:
 
 
 def _state_in_words(status: RunStatus) -> str:
-    reasons = {
-        "max_rounds": "all rounds done",
-        "no_gain": "the last student was worse than its teacher",
-        "no_dev_gain": "dev accuracy stopped rising",
-    }
     if status.state == "unfinished":
         return f"running or interrupted; `selftrain resume {status.run}` goes on"
     if status.stop_reason is None:
         return f"{status.state}; `selftrain resume {status.run}` goes on"
-    return f"done ({reasons.get(status.stop_reason, status.stop_reason)})"
+    return f"done ({status.ending_in_words()})"
 
 
 def _bytes(number: int) -> str:

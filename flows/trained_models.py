@@ -1,8 +1,16 @@
 """How teacher and students are trained: settings, the stages after them, and what may not be."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from flows.starting_weights import ScratchInit, StudentInitConfig, TeacherInitConfig
 from models.architectures import ArchitectureConfig
@@ -49,7 +57,49 @@ class GivenTeacher(BaseModel):
     )
 
 
-TeacherConfig = Annotated[TrainedTeacher | GivenTeacher, Field(discriminator="kind")]
+class LatestTeacher(BaseModel):
+    """Round 0 is the model that the newest finished run of a name ended with.
+
+    It is looked up once, when the run is opened. Nightly runs under the model of a run that is made
+    less often label only the shards that are new.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["latest_promoted"] = "latest_promoted"
+    of: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Name of a run, or of a config whose scheduled runs (NAME-<UTC start>) are"
+        " meant. Its own name goes one round further whenever data or config have changed.",
+    )
+    otherwise: Annotated[TrainedTeacher | GivenTeacher, Field(discriminator="kind")] | None = Field(
+        default=None,
+        description="The teacher while no run of that name has finished; null: that is an error.",
+    )
+
+    @field_validator("otherwise", mode="before")
+    @classmethod
+    def _train_is_the_default_kind(cls, value: Any) -> Any:
+        is_untagged = isinstance(value, Mapping) and "kind" not in value
+        return {"kind": "train", **value} if is_untagged else value
+
+
+TeacherConfig = Annotated[
+    TrainedTeacher | GivenTeacher | LatestTeacher, Field(discriminator="kind")
+]
+
+
+def trained_teacher(
+    teacher: TrainedTeacher | GivenTeacher | LatestTeacher,
+) -> tuple[str, TrainedTeacher] | None:
+    """Return key and section of the config that train a teacher, None where none is trained.
+
+    Of a latest teacher it is `otherwise`, which holds while there is no such model.
+    """
+    if isinstance(teacher, LatestTeacher):
+        section = teacher.otherwise
+        return ("teacher.otherwise", section) if isinstance(section, TrainedTeacher) else None
+    return ("teacher", teacher) if isinstance(teacher, TrainedTeacher) else None
 
 
 TrainingOrderName = Literal["joint", "finetune_on_labels_last", "pretrain_then_finetune"]
