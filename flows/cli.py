@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from flows.cli_approval import approve
 from flows.cli_data import data_app
 from flows.cli_errors import reporting_errors
 from flows.cli_options import Json, Run, Store, print_json, store_url
@@ -37,6 +38,7 @@ app.add_typer(data_app, name="data")
 app.command()(label)
 app.command()(select)
 app.command()(explain)
+app.command()(approve)
 
 Sets = Annotated[
     list[str] | None,
@@ -69,9 +71,10 @@ def run(
     Example: `selftrain run cifar10 --store ./store --name first-try --set rounds=2`
     """
     from flows.loading import load_config
+    from flows.running import run_and_show
 
     loaded = load_config(config, overrides=sets or [], name=name)
-    _run_and_show(loaded.model_copy(update={"store": store_url(store, loaded.store)}), as_json)
+    run_and_show(loaded.model_copy(update={"store": store_url(store, loaded.store)}), as_json)
 
 
 @app.command()
@@ -84,11 +87,12 @@ def resume(run: Run, store: Store = None, sets: MachineSets = None, as_json: Jso
     On another machine: `selftrain resume my-run --set launch.processes=2 --set cache=null`
     """
     from flows.opening import reopened_config
+    from flows.running import run_and_show
     from storage.store import open_store
 
     opened = open_store(store_url(store))
     config = reopened_config(opened, run, sets or [])
-    _run_and_show(config.model_copy(update={"store": opened.url}), as_json)
+    run_and_show(config.model_copy(update={"store": opened.url}), as_json)
 
 
 @app.command()
@@ -328,21 +332,6 @@ def main() -> None:
     # Read when torch is loaded. See tasks/launching.py.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
-
-
-def _run_and_show(config: Any, as_json: bool) -> None:
-    from flows.run_status import read_status
-    from flows.running import run_to_end
-    from flows.terminal import err, print_status
-    from storage.store import open_store
-
-    ui_hint = run_to_end(config)
-    finished = read_status(open_store(config.store), config.name)
-    if as_json:
-        print_json(finished.to_json())
-        return
-    print_status(finished)
-    err.print(f"Prefect UI of this run: {ui_hint}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ FAILED, WRONG_USAGE, STOPPED = 1, 2, 3
 # By name: the classes live in modules that are too heavy to import for `--help`.
 _WRONG_USAGE = {
     *("ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"),
-    *("UnknownSample", "OutputMismatch"),
+    *("UnknownSample", "OutputMismatch", "NotWaiting", "AlreadyDecided"),
 }
 _STOPPED = {
     "StoppedOnRequest",
+    "WaitingForApproval",
     "TrainingStopped",
     "LabelingStopped",
     "GuardStopped",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
@@ -97,6 +97,14 @@ class StopConfig(_Config):
     )
 
 
+def _choice_of_bool(value: Any) -> Any:
+    """Let `approve: true` mean the question that is asked most, and false none."""
+    return ("promotion" if value else "none") if isinstance(value, bool) else value
+
+
+ApproveChoice = Annotated[Literal["none", "promotion", "round"], BeforeValidator(_choice_of_bool)]
+
+
 class SelfTrainingConfig(_Config):
     """A whole Noisy Student run."""
 
@@ -141,6 +149,12 @@ class SelfTrainingConfig(_Config):
     )
     stop: StopConfig = Field(
         default=StopConfig(), description="When the loop ends before its last round."
+    )
+    approve: ApproveChoice = Field(
+        default="none",
+        description="Whom the run needs: promotion (or true): it ends before a student that is good"
+        " enough becomes the teacher, and goes on once a person has said so; round: likewise before"
+        " every round; none (or false): nobody.",
     )
     baseline: bool = Field(
         default=True,
@@ -244,6 +258,7 @@ class SelfTrainingConfig(_Config):
             for name, is_given in (
                 ("student", self.student is not None),
                 ("baseline", self.baseline),
+                ("approve", self.approve != "none"),
                 *_changed_sections(self),
             )
             if is_given

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,14 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import TerminationSignal
 
+from flows.approvals import (
+    Question,
+    QuestionKind,
+    WaitingForApproval,
+    read_approval,
+    read_approvals,
+    thresholds_by_round,
+)
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.guarding import guard_corpus
 from flows.labeling import LabelingOrder
@@ -49,6 +57,8 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
     )
     try:
         yield RunDriver(run)
+    except WaitingForApproval:
+        raise  # recorded with its question
     except (KeyboardInterrupt, SystemExit, TerminationSignal, TrainingStopped) as error:
         append_event(run.store, run.name, "run_stopped", error=type(error).__name__)
         raise
@@ -93,7 +103,10 @@ class RunDriver:
     _num_shown: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.graph = graph_of(self.run.store, self.run.config, self.run.pins)
+        approvals = read_approvals(self.run.store, self.run.name, self.run.config)
+        self.graph = graph_of(
+            self.run.store, self.run.config, self.run.pins, thresholds_by_round(approvals)
+        )
 
     def train_teacher(self) -> ModelRef:
         """Train the model of round 0 on the labels alone, or take the given one."""
@@ -183,7 +196,7 @@ class RunDriver:
                 labeling=self.graph.label(teacher).fingerprint,
                 validation=self.graph.calibration(teacher).fingerprint,
                 class_names=list(self.run.pins.class_names),
-                config=self.run.config.selection,
+                config=self.graph.selection_rules(round_index),
                 seed=self.run.config.seed,
                 round_index=round_index,
                 label=title,
@@ -200,8 +213,11 @@ class RunDriver:
         return self.graph.student_model(teacher, round_index)
 
     def train_baseline(self, last_round: int) -> None:
-        """Train and test the last student's network on labels alone, with the same budget."""
-        if not self.run.config.baseline:
+        """Train and test the last student's network on labels alone, with the same budget.
+
+        Where no student was trained there is nothing to compare.
+        """
+        if not self.run.config.baseline or last_round == 0:
             return
         trainings = self.graph.baseline(last_round)
         self._train(trainings, title="baseline", event_role="baseline")
@@ -221,8 +237,15 @@ class RunDriver:
             title = f"round {model.round_index} · test"
             self._evaluate("test", model, title=title, role=_role(model))
 
-    def promote(self, teacher: ModelRef, student: ModelRef) -> bool:
-        """Return whether the student becomes the teacher: unless it is worse on dev."""
+    def may_begin(self, round_index: int, teacher: ModelRef) -> bool:
+        """Return whether a round may begin, which the config may leave to a person.
+
+        Raises: WaitingForApproval while nobody has answered.
+        """
+        return self._is_approved("round", round_index - 1, teacher)
+
+    def is_better(self, teacher: ModelRef, student: ModelRef) -> bool:
+        """Return whether the student is good enough to be the teacher: not worse on dev."""
         specification = self.graph.promote(teacher, student)
         title = f"round {student.round_index} · promote"
         manifest = self._carry_out(
@@ -238,6 +261,36 @@ class RunDriver:
             ),
         )
         return bool(read_report(self.run.store, manifest)["is_promoted"])
+
+    def may_promote(self, student: ModelRef) -> bool:
+        """Return whether the student becomes the teacher, which may be left to a person, too.
+
+        Raises: WaitingForApproval while nobody has answered.
+        """
+        return self._is_approved("promotion", student.round_index, student)
+
+    def _is_approved(self, kind: QuestionKind, round_index: int, model: ModelRef) -> bool:
+        if self.run.config.approve != kind:
+            return True
+        store, name = self.run.store, self.run.name
+        question = Question(kind, round_index, model.fingerprint)
+        approval = read_approval(store, name, question)
+        if approval is None:
+            append_event(
+                store,
+                name,
+                "run_waiting",
+                question=kind,
+                round_index=round_index,
+                model=model.fingerprint,
+            )
+            self._show_results()  # who answers looks at them
+            raise WaitingForApproval(read_status(store, name).question_in_words())
+        # Another driver may have been answered since this one began.
+        if approval.threshold is not None:
+            thresholds = {**self.graph.thresholds, **thresholds_by_round([approval])}
+            self.graph = replace(self.graph, thresholds=thresholds)
+        return approval.is_accepted
 
     def conclude_round(self) -> None:
         """Rebuild the run's views: run.json, report.html and the table in the Prefect UI.

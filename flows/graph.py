@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, assert_never
 
+from flows.approvals import with_threshold
 from flows.config import SelfTrainingConfig
 from flows.opening import Pins
 from flows.starting_weights import (
@@ -21,6 +22,7 @@ from storage.store import Store
 from tasks import evaluation, guarding, labeling, selection
 from tasks.classifiers import read_description
 from tasks.labeling_config import LabelingConfig, resolved_form
+from tasks.selection_config import SelectionConfig
 from tasks.specifications import Specification
 from tasks.training_orders import FollowerRole, Needs, Role, baseline_config, needs_of
 from tasks.training_orders import specify as specify_training
@@ -81,19 +83,22 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True)
 class RunGraph:
-    """Makes the specification of every stage of one run from config and pins alone.
+    """Makes the specification of every stage of one run from facts that are pinned.
 
     Attributes:
         config: of the run.
         pins: its inputs.
         given_view: what a given teacher is shown; None where round 0 is trained.
         extra_views: of the extra teachers, by fingerprint.
+        thresholds: confidences that were given with approvals, by the first round that they hold
+            in.
     """
 
     config: SelfTrainingConfig
     pins: Pins
     given_view: View | None = None
     extra_views: Mapping[str, View] = field(default_factory=dict[str, View])
+    thresholds: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def teacher(self) -> tuple[Training, ...]:
         """Return the trainings of round 0 in their order; none where the teacher is given."""
@@ -197,11 +202,17 @@ class RunGraph:
             case _ as unreachable:
                 assert_never(unreachable)
 
+    def selection_rules(self, round_index: int) -> SelectionConfig:
+        """Return the rules of a round's selection: the config's, under the threshold given last."""
+        since = [first for first in self.thresholds if first <= round_index]
+        rules = self.config.selection
+        return with_threshold(rules, self.thresholds[max(since)]) if since else rules
+
     def select(self, teacher: ModelRef, round_index: int) -> Specification:
         """Return the selection of a round's pseudo-labels."""
         guard = self.guard()
         return selection.specify(
-            self.config.selection,
+            self.selection_rules(round_index),
             labeling=self.label(teacher).fingerprint,
             validation=self.calibration(teacher).fingerprint,
             labeled=self.pins.labeled,
@@ -330,8 +341,20 @@ class RunGraph:
         return Training(specification, config)
 
 
-def graph_of(store: Store, config: SelfTrainingConfig, pins: Pins) -> RunGraph:
-    """Return the graph of a run, with what the store knows of the models that it was given."""
+def graph_of(
+    store: Store,
+    config: SelfTrainingConfig,
+    pins: Pins,
+    thresholds: Mapping[int, float] | None = None,
+) -> RunGraph:
+    """Return the graph of a run, with what the store knows of the models that it was given.
+
+    Args:
+        store: that holds the models.
+        config: of the run.
+        pins: its inputs.
+        thresholds: as in `RunGraph`; None: none were given.
+    """
 
     def view_of(model: str) -> View:
         return View.of(read_description(store, model))
@@ -342,6 +365,7 @@ def graph_of(store: Store, config: SelfTrainingConfig, pins: Pins) -> RunGraph:
         pins,
         None if given is None else view_of(given),
         {model: view_of(model) for model in pins.extra_teachers},
+        thresholds or {},
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from flows.approvals import read_approvals, thresholds_by_round
 from flows.config import SelfTrainingConfig
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
@@ -74,9 +75,11 @@ def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
     try:
         run = check_same(reopen_run(store, config.name), config)
         config, pins = run.config, run.pins
+        approvals = read_approvals(store, run.name, config)
     except UnknownRun:
-        pins = resolve_inputs(store, config)
-    return _Planner(store, config, pins, graph_of(store, config, pins)).estimated_stages()
+        pins, approvals = resolve_inputs(store, config), []
+    graph = graph_of(store, config, pins, thresholds_by_round(approvals))
+    return _Planner(store, config, pins, graph).estimated_stages()
 
 
 def plan_to_json(stages: list[PlannedStage]) -> dict[str, Any]:

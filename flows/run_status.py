@@ -1,9 +1,10 @@
 """What a run has done so far, derived from its events and the manifests that they name."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flows.approvals import Approval, Question, read_approvals
 from flows.opening import OpenRun, reopen_run
 from models.architectures import architecture_name
 from storage.addresses import model_folder
@@ -22,6 +23,7 @@ _STOP_REASONS = {
     "max_rounds": "all rounds done",
     "no_gain": "the last student was worse than its teacher",
     "no_dev_gain": "dev accuracy stopped rising",
+    "rejected": "rejected by a person",
 }
 
 
@@ -68,8 +70,9 @@ class RunStatus:
 
     Attributes:
         run: its name.
-        state: done; failed; stopped (on request); unfinished (running, or its process is gone).
-        stop_reason: max_rounds, no_gain or no_dev_gain; None until done.
+        state: done; failed; stopped (on request); waiting_for_approval; unfinished (running, or its
+            process is gone).
+        stop_reason: max_rounds, no_gain, no_dev_gain or rejected; None until done.
         store: URL.
         versions_mixed: whether stages were computed under different library versions.
         labels: labelled, dev and their sum, in images.
@@ -78,6 +81,8 @@ class RunStatus:
         model_url: the last promoted model, None until there is one.
         stages_computed: by the attempt that came to the end; the others were in the store. None
             until done.
+        waiting_for: what the run asks, None unless it waits for approval.
+        approvals: the answers that it was given, by round.
     """
 
     run: str
@@ -90,6 +95,8 @@ class RunStatus:
     baseline: RoundStatus | None
     model_url: str | None
     stages_computed: int | None = None
+    waiting_for: Question | None = None
+    approvals: tuple[Approval, ...] = ()
 
     @property
     def report_url(self) -> str:
@@ -104,6 +111,21 @@ class RunStatus:
         if self.stages_computed != 0:
             return reason
         return f"nothing new: every stage was in the store; {reason}"
+
+    def question_in_words(self) -> str:
+        """Return what the run asks, how good the model in question is, and how to answer."""
+        assert self.waiting_for is not None, "asked of a run that waits"
+        question = self.waiting_for
+        asked = next(one for one in self.rounds if one.round_index == question.round_index)
+        found = f"dev accuracy {percent(asked.dev_accuracy, asked.dev_interval)}"
+        if question.kind == "promotion":
+            before = [one for one in self.rounds if one.round_index < question.round_index]
+            found += f"; its teacher's {percent(before[-1].dev_accuracy, before[-1].dev_interval)}"
+        return (
+            f"run {self.run} waits for approval of {question.in_words()} ({found}). Answer with:"
+            f" selftrain approve {self.run} --round {question.round_index} --store {self.store}"
+            " [--reject] [--threshold X], or by the flow `approve` in the Prefect UI"
+        )
 
     def model_fingerprint(self) -> str:
         """Return the fingerprint of the run's model.
@@ -133,6 +155,8 @@ class RunStatus:
             "labels": self.labels,
             "rounds": [one.to_json() for one in self.rounds],
             "baseline": baseline,
+            "waiting_for": None if self.waiting_for is None else asdict(self.waiting_for),
+            "approvals": [one.to_json() for one in self.approvals],
             "model_url": self.model_url,
             "report_url": self.report_url,
         }
@@ -145,9 +169,13 @@ def read_status(store: Store, name: str) -> RunStatus:
     state, stop_reason, stages_computed = "unfinished", None, None
     rounds: dict[int, RoundStatus] = {}
     baseline: RoundStatus | None = None
+    waiting_for: Question | None = None
     stages: dict[str, dict[str, Any]] = {}
     for event in events:
         match event["type"]:
+            case "run_waiting":
+                state = "waiting_for_approval"
+                waiting_for = Question(event["question"], event["round_index"], event["model"])
             case "run_started":
                 state, stop_reason, stages_computed = "unfinished", None, None
             case "run_done":
@@ -159,6 +187,11 @@ def read_status(store: Store, name: str) -> RunStatus:
                 stages.setdefault(event["fingerprint"] + event["role"], {}).update(event)
             case _:
                 pass  # events of later versions
+    approvals = read_approvals(store, name, run.config)
+    if state != "waiting_for_approval":
+        waiting_for = None
+    elif any(waiting_for == Question(a.question, a.round_index, a.model) for a in approvals):
+        state, waiting_for = "stopped", None  # it has its answer and may go on
     versions: set[str] = set()
     for stage in stages.values():
         if stage["role"] == "baseline":
@@ -171,6 +204,11 @@ def read_status(store: Store, name: str) -> RunStatus:
     if given is not None and 0 in rounds:  # no training of this run tells of it
         rounds[0].fingerprint = given
         rounds[0].architecture = architecture_name(read_description(store, given).architecture)
+    if run.config.approve == "promotion":
+        answers = {one.round_index: one.is_accepted for one in approvals}
+        for one in rounds.values():
+            if one.promoted:  # good enough; whether it is promoted is for a person to say
+                one.promoted = answers.get(one.round_index)
     ordered = tuple(rounds[index] for index in sorted(rounds))
     return RunStatus(
         run=name,
@@ -183,6 +221,8 @@ def read_status(store: Store, name: str) -> RunStatus:
         baseline=baseline,
         model_url=_model_url(run, ordered),
         stages_computed=stages_computed,
+        waiting_for=waiting_for,
+        approvals=tuple(approvals),
     )
 
 

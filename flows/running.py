@@ -16,11 +16,13 @@ os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "8")
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 
+from flows.approvals import WaitingForApproval
+from flows.cli_options import print_json
 from flows.config import SelfTrainingConfig
 from flows.run_status import read_status
 from flows.self_training import self_training
 from flows.server import PrefectServer, prefect_server, wait_until_recorded
-from flows.terminal import err, showing_progress
+from flows.terminal import err, print_status, showing_progress
 from storage.runs import read_events
 from storage.store import open_store
 from tasks.guarding import GuardStopped
@@ -35,6 +37,8 @@ class StoppedOnRequest(Exception):
 def run_to_end(config: SelfTrainingConfig) -> str:
     """Run the self-training flow in this process and return where the Prefect UI shows it.
 
+    It has come to its end then, or to a question that a person must answer.
+
     Raises: StoppedOnRequest; whatever made the run fail.
     """
     assert config.store is not None
@@ -43,8 +47,26 @@ def run_to_end(config: SelfTrainingConfig) -> str:
         go_on=resume_command(config),
         num_tasks=lambda: _num_stages(config),
     )
-    assert read_status(open_store(config.store), config.name).state == "done"
+    state = read_status(open_store(config.store), config.name).state
+    assert state in ("done", "waiting_for_approval"), state
     return hint
+
+
+def run_and_show(config: SelfTrainingConfig, as_json: bool) -> None:
+    """Run the flow and print the run's status, as a table or as JSON.
+
+    Raises: as `run_to_end`; WaitingForApproval, after all is printed, if the run asks something.
+    """
+    hint = run_to_end(config)
+    assert config.store is not None
+    status = read_status(open_store(config.store), config.name)
+    if as_json:
+        print_json(status.to_json())
+    else:
+        print_status(status)
+        err.print(f"Prefect UI of this run: {hint}", highlight=False, soft_wrap=True)
+    if status.waiting_for is not None:
+        raise WaitingForApproval(status.question_in_words())
 
 
 def run_flow(

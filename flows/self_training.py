@@ -7,10 +7,12 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.approvals import WaitingForApproval
 from flows.config import SelfTrainingConfig
-from flows.driving import driving
+from flows.driving import RunDriver, driving
 from flows.latest_teachers import scheduled_name
 from flows.opening import open_run
+from flows.run_status import RunStatus, read_status
 from flows.stopping import has_stalled
 from storage.store import open_store
 
@@ -41,29 +43,42 @@ def self_training(config: SelfTrainingConfig) -> Any:
         raise ValueError("no store: set `store` in the config, --store, or SELFTRAIN_STORE")
     store = open_store(url, check_writable=True)
     config = config.model_copy(update={"name": run_name(config), "store": store.url})
-    with driving(open_run(store, config)) as run:
-        teacher = run.train_teacher()
-        dev_accuracies = [run.validate(teacher)]
-        run.test(teacher)
+    try:
+        with driving(open_run(store, config)) as run:
+            status = _noisy_student(run, config)
+    except WaitingForApproval as waiting:
+        data = read_status(store, config.name).to_json()
+        return Completed(name="WaitingForApproval", message=str(waiting), data=data)
+    return Completed(message=status.ending_in_words(), data=status.to_json())
+
+
+def _noisy_student(run: RunDriver, config: SelfTrainingConfig) -> RunStatus:
+    teacher = run.train_teacher()
+    dev_accuracies = [run.validate(teacher)]
+    run.test(teacher)
+    run.conclude_round()
+    stop_reason, last_round = "max_rounds", 0
+    for round_index in range(1, config.rounds + 1):
+        if not run.may_begin(round_index, teacher):
+            stop_reason = "rejected"
+            break
+        last_round = round_index
+        if run.reads_stored_labels(round_index):
+            run.guard(round_index)
+            run.label(teacher, round_index)
+            run.select(teacher, round_index)
+        student = run.train_student(teacher, round_index)
+        dev_accuracies.append(run.validate(student))
+        run.test(student)
+        is_better = run.is_better(teacher, student)
+        is_promoted = is_better and run.may_promote(student)
         run.conclude_round()
-        stop_reason, round_index = "max_rounds", 0
-        for round_index in range(1, config.rounds + 1):
-            if run.reads_stored_labels(round_index):
-                run.guard(round_index)
-                run.label(teacher, round_index)
-                run.select(teacher, round_index)
-            student = run.train_student(teacher, round_index)
-            dev_accuracies.append(run.validate(student))
-            run.test(student)
-            is_promoted = run.promote(teacher, student)
-            run.conclude_round()
-            if not is_promoted:
-                stop_reason = "no_gain"
-                break
-            teacher = student
-            if has_stalled(dev_accuracies, config.stop.patience_rounds):
-                stop_reason = "no_dev_gain"
-                break
-        run.train_baseline(round_index)
-        status = run.finish(stop_reason, teacher)
-        return Completed(message=status.ending_in_words(), data=status.to_json())
+        if not is_promoted:
+            stop_reason = "rejected" if is_better else "no_gain"
+            break
+        teacher = student
+        if has_stalled(dev_accuracies, config.stop.patience_rounds):
+            stop_reason = "no_dev_gain"
+            break
+    run.train_baseline(last_round)
+    return run.finish(stop_reason, teacher)

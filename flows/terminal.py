@@ -94,6 +94,11 @@ def print_status(status: RunStatus) -> None:
         " accuracies with 95 % intervals",
         highlight=False,
     )
+    for one in status.approvals:
+        line = f"round {one.round_index}, {one.question}: {one.in_words()}"
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
+    if status.waiting_for is not None:
+        out.print(status.question_in_words(), soft_wrap=True, highlight=False, markup=False)
     if status.versions_mixed:
         out.print("[yellow]stages of this run were computed under different library versions")
     # Not wrapped: paths are there to be copied.
@@ -145,7 +150,7 @@ def print_runs(store: str, runs: list[RunStatus]) -> None:
         dev = percent(last.dev_accuracy, last.dev_interval) if last else ""
         test = percent(last.test_accuracy, last.test_interval) if last else ""
         num_rounds = max((one.round_index for one in run.rounds), default=0)
-        table.add_row(run.run, run.state, str(num_rounds), dev, test)
+        table.add_row(run.run, run.state.replace("_", " "), str(num_rounds), dev, test)
     out.print(table)
 
 
@@ -167,6 +172,8 @@ def titled_table(title: str | None) -> Table:
 
 
 def _state_in_words(status: RunStatus) -> str:
+    if status.state == "waiting_for_approval":
+        return "waiting for approval"
     if status.state == "unfinished":
         return f"running or interrupted; `selftrain resume {status.run}` goes on"
     if status.stop_reason is None:

@@ -1,4 +1,4 @@
-"""Runs: a config that is pinned once, events that are only appended, views rebuilt at will."""
+"""Runs: a config pinned once, events only appended, decisions made once, views rebuilt at will."""
 
 import re
 import uuid
@@ -15,6 +15,7 @@ EVENT_SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VIEW = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CONFIG = "config.json"
+_QUESTION = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _EVENT_NAME = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 _RESERVED = ("schema", "type", "time", "counter", "id", "sha256")
 _MAX_NAMED_KEYS = 8
@@ -120,6 +121,21 @@ def read_events(store: Store, name: str) -> list[dict[str, Any]]:
         return list(pool.map(read, paths))
 
 
+def record_decision(
+    store: Store, name: str, question: str, body: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Record what was decided on a question, once, and return the decision that is there now.
+
+    Of several that decide at a time the first one's stands; the others are told by what they get.
+    """
+    return create_record(store, _decision_path(name, question), body)
+
+
+def read_decision(store: Store, name: str, question: str) -> dict[str, Any] | None:
+    """Return what was decided on a question of a run, None while nothing was."""
+    return read_record(store, _decision_path(name, question))
+
+
 def write_view(store: Store, name: str, filename: str, data: bytes) -> str:
     """Write (or replace) a view of a run, such as ``run.json``, and return its URL."""
     if not _VIEW.fullmatch(filename) or filename == _CONFIG:
@@ -127,6 +143,12 @@ def write_view(store: Store, name: str, filename: str, data: bytes) -> str:
     path = f"{run_folder(validate_run_name(name))}/{filename}"
     store.replace(path, data)
     return store.url_of(path)
+
+
+def _decision_path(name: str, question: str) -> str:
+    if not _QUESTION.fullmatch(question):
+        raise ValueError(f"question {question!r}: must be lower case, digits and dashes")
+    return f"{run_folder(validate_run_name(name))}/decisions/{question}.json"
 
 
 def _events(store: Store, name: str) -> list[str]:

@@ -132,6 +132,13 @@ def _state(status: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, st
         case "done", "no_dev_gain":
             title = "Done, no further gain on dev"
             sentence = f"Dev accuracy has stopped rising, so the run ended after round {last}."
+        case "done", "rejected":
+            answer = status["approvals"][-1]
+            title = "Done, rejected"
+            sentence = f"{answer['by']} said no after round {answer['round_index']}."
+        case "waiting_for_approval", _:
+            title, sentence = "Waiting for approval", f"Round {last} was the newest."
+            resume = f"selftrain approve {status['run']} --round {last}"
         case "done", reason:
             title, sentence = "Done", f"Stop reason: {reason}."
         case "failed", _:

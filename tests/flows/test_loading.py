@@ -164,7 +164,9 @@ def test_known_keys_are_those_of_the_branch_that_was_chosen(source):
 
 def test_an_unknown_key_at_the_top_shows_the_sections(source):
     message = refusal(source, "round=3")
-    assert "  round = 3: unknown key; known here: baseline, cache, data, device," in message
+    assert (
+        "  round = 3: unknown key; known here: approve, baseline, cache, data, device," in message
+    )
     assert ", schema, " in message
     assert "schema_version" not in message
 
