@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from prefect import get_run_logger
-from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import TerminationSignal
 
 from flows.approvals import (
@@ -19,12 +18,13 @@ from flows.approvals import (
     read_approvals,
     thresholds_by_round,
 )
+from flows.artifacts import artifact_key, show_results, tagged
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.guarding import guard_corpus
 from flows.labeling import LabelingOrder
 from flows.mending import reading_predictions
 from flows.opening import OpenRun, refuse_without_room, trainings_of
-from flows.run_status import RunStatus, read_status, status_table, write_status_view
+from flows.run_status import RunStatus, read_status, write_status_view
 from flows.selection import select_pseudo_labels
 from models.architectures import architecture_name
 from storage.manifest import Manifest
@@ -99,6 +99,7 @@ class RunDriver:
     run: OpenRun
     graph: RunGraph = field(init=False)
     _is_guarded: bool = field(init=False, default=False)
+    _note: str = field(init=False, default="")
     _num_computed: int = field(init=False, default=0)
     _num_shown: int = field(init=False, default=0)
 
@@ -149,6 +150,7 @@ class RunDriver:
                 "engine": self.run.config.engine,
                 "label": title,
                 "artifact": self._artifact(round_index, "label"),
+                "note": self._note,
                 "validation": self.graph.calibration(teacher).fingerprint,
             }
             return LabelingOrder(specification, title, arguments)
@@ -229,7 +231,9 @@ class RunDriver:
     def validate(self, model: ModelRef) -> float:
         """Evaluate on dev, which steers the loop, and return the accuracy."""
         title = f"round {model.round_index} · validate"
-        return self._evaluate("validate", model, title=title, role=_role(model))
+        accuracy = self._evaluate("validate", model, title=title, role=_role(model))
+        self._note = f"last dev accuracy {100 * accuracy:.1f} % (round {model.round_index})"
+        return accuracy
 
     def test(self, model: ModelRef) -> None:
         """Evaluate on test, which nothing reads; without a test split nothing happens."""
@@ -308,12 +312,7 @@ class RunDriver:
         except Exception:
             get_run_logger().exception("the report could not be written; the run goes on")
             status = read_status(self.run.store, self.run.name)
-        create_markdown_artifact(
-            f"{status_table(status)}\n\nReport: `{status.report_url}`\n\nModel:"
-            f" `{status.model_url}`",
-            key=f"results-{_key(self.run.name)}",
-            description=f"Results of run {self.run.name}",
-        )
+        show_results(self.run.store, status)
 
     def finish(self, stop_reason: str, model: ModelRef) -> RunStatus:
         """Record how the run ended and which model is its result."""
@@ -367,6 +366,7 @@ class RunDriver:
                     label=label,
                     artifact=artifact,
                     launch=self.run.config.launch,
+                    note=self._note,
                     return_state=True,
                 ),
             )
@@ -426,7 +426,8 @@ class RunDriver:
             for one in reads:
                 one.mend()
 
-        state = reading_predictions(succeed, mend, log=get_run_logger())
+        with tagged(self.run.name, role if role == "baseline" else f"round-{round_index}"):
+            state = reading_predictions(succeed, mend, log=get_run_logger())
         manifest = specification.result(self.run.store)
         if manifest is None:
             raise RuntimeError(
@@ -447,13 +448,8 @@ class RunDriver:
         return manifest
 
     def _artifact(self, round_index: int, role: str) -> str:
-        return f"progress-{_key(self.run.name)}-r{round_index}-{_key(role)}"
+        return artifact_key("progress", self.run.name, f"r{round_index}", role)
 
 
 def _role(model: ModelRef) -> str:
     return "teacher" if model.round_index == 0 else "student"
-
-
-def _key(name: str) -> str:
-    """Artifact keys know lower case, digits and dashes only."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower())

@@ -51,6 +51,7 @@ def label_corpus(
     validation: str | None = None,
     more_models: list[str] | None = None,
     mend: bool = False,
+    note: str = "",
 ) -> Reference | State:
     """Label every shard of a corpus that the model, or the ensemble, has not labelled yet.
 
@@ -72,6 +73,7 @@ def label_corpus(
             first one's; class orders are matched by name, and the order of teachers means nothing.
         mend: look at all predictions, though the labelling may be finished, and make lost and
             damaged ones again. Every object is read for it, whatever `config.verify` says.
+        note: shown with the progress, such as the teacher's dev accuracy.
     Raises: ManifestMismatch where mended predictions are not those that a finished labelling names.
     """
     started = time.monotonic()
@@ -87,7 +89,7 @@ def label_corpus(
     verify = "full" if mend else config.verify
     missing = labeling.shards_to_label(opened, labeler, whole, verify=verify)
     progress = _LabelingProgress(
-        LiveProgress(label, "images", key=artifact),
+        LiveProgress(label, "images", key=artifact, note=note),
         done=whole.num_samples - sum(shard.num_samples for shard in missing),
         total=whole.num_samples,
     )
@@ -294,8 +296,7 @@ class _LabelingProgress:
 
     def __init__(self, shown: LiveProgress, *, done: int, total: int) -> None:
         self._shown, self._total = shown, total
-        self._done = self._done_before = done
-        self._started = time.monotonic()
+        self._done = done
         self._lock = threading.Lock()
         shown.update(done, total)
 
@@ -303,6 +304,4 @@ class _LabelingProgress:
         """Count images; called from any thread."""
         with self._lock:
             self._done += num_samples
-            seconds = time.monotonic() - self._started
-            rate = (self._done - self._done_before) / max(seconds, 1e-9)
-            self._shown.update(self._done, self._total, images_per_second=rate)
+            self._shown.update(self._done, self._total)

@@ -112,6 +112,15 @@ class RunStatus:
             return reason
         return f"nothing new: every stage was in the store; {reason}"
 
+    def in_words(self) -> str:
+        """Return the state in words and, where there is one, the command that goes on."""
+        if self.state == "done":
+            return f"done ({self.ending_in_words()})"
+        if self.state == "waiting_for_approval":
+            return "waiting for approval"
+        state = "running or interrupted" if self.state == "unfinished" else self.state
+        return f"{state}; `selftrain resume {self.run}` goes on"
+
     def question_in_words(self) -> str:
         """Return what the run asks, how good the model in question is, and how to answer."""
         assert self.waiting_for is not None, "asked of a run that waits"

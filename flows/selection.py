@@ -99,8 +99,12 @@ def select_pseudo_labels(
     def mapped(
         one_pass: Any, inputs: SelectionInputs, config: SelectionConfig, *more: Any
     ) -> Iterator[Any]:
-        submit = _PASSES[one_pass].submit
-        futures = deque(submit(opened, inputs, group, config, *more) for group in groups)
+        futures = deque(
+            _PASSES[one_pass]
+            .with_options(task_run_name=f"{_NAMES[one_pass]} · {_group_name(group)}")
+            .submit(opened, inputs, group, config, *more)
+            for group in groups
+        )
         while futures:  # what was merged is not kept: a histogram may be of megabytes
             yield futures.popleft().result()
 
@@ -110,7 +114,9 @@ def select_pseudo_labels(
     )
     planned = plan_selection(inputs, config, mapped)
     writing = [
-        write_selections.submit(opened, specification, planned.inputs, group, config, planned.plan)
+        write_selections.with_options(
+            task_run_name=f"write-selections · {_group_name(group)}"
+        ).submit(opened, specification, planned.inputs, group, config, planned.plan)
         for group in groups
     ]
     for number, future in enumerate(writing, start=1):
@@ -128,3 +134,7 @@ def select_pseudo_labels(
         seconds=time.monotonic() - started,
     )
     return reference(manifest)
+
+
+def _group_name(stems: list[str]) -> str:
+    return f"{stems[0]} + {len(stems) - 1}"

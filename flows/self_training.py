@@ -3,15 +3,16 @@
 import os
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from flows.approvals import WaitingForApproval
 from flows.config import SelfTrainingConfig
 from flows.driving import RunDriver, driving
 from flows.latest_teachers import scheduled_name
 from flows.opening import open_run
+from flows.remedies import what_to_do
 from flows.run_status import RunStatus, read_status
 from flows.stopping import has_stalled
 from storage.store import open_store
@@ -43,12 +44,17 @@ def self_training(config: SelfTrainingConfig) -> Any:
         raise ValueError("no store: set `store` in the config, --store, or SELFTRAIN_STORE")
     store = open_store(url, check_writable=True)
     config = config.model_copy(update={"name": run_name(config), "store": store.url})
+    opened = None
     try:
-        with driving(open_run(store, config)) as run:
+        opened = open_run(store, config)
+        with driving(opened) as run:
             status = _noisy_student(run, config)
     except WaitingForApproval as waiting:
         data = read_status(store, config.name).to_json()
         return Completed(name="WaitingForApproval", message=str(waiting), data=data)
+    except Exception as error:
+        get_run_logger().exception("the run has failed")
+        return Failed(message=what_to_do(error, opened), data=error)
     return Completed(message=status.ending_in_words(), data=status.to_json())
 
 

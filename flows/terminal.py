@@ -81,7 +81,7 @@ class _PlainLines:
 
 def print_status(status: RunStatus) -> None:
     """Print the rounds of a run, where report and model lie, and how it ended."""
-    table = titled_table(f"run {status.run}: {_state_in_words(status)}")
+    table = titled_table(f"run {status.run}: {status.in_words()}")
     columns = ["round", "architecture", "dev accuracy", "test accuracy", "pseudo-labels"]
     for name in [*columns, "precision", "promoted", "seconds"]:
         table.add_column(name, justify="left" if name == "architecture" else "right")
@@ -169,16 +169,6 @@ def print_predictions(predictions: list[dict[str, Any]]) -> None:
 def titled_table(title: str | None) -> Table:
     """Return an empty table in the style of all commands."""
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-
-
-def _state_in_words(status: RunStatus) -> str:
-    if status.state == "waiting_for_approval":
-        return "waiting for approval"
-    if status.state == "unfinished":
-        return f"running or interrupted; `selftrain resume {status.run}` goes on"
-    if status.stop_reason is None:
-        return f"{status.state}; `selftrain resume {status.run}` goes on"
-    return f"done ({status.ending_in_words()})"
 
 
 def _bytes(number: int) -> str:

@@ -1,6 +1,6 @@
 """The report's figures of selections: confidence, and the balance of classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +31,15 @@ _ITEMS = "after: items with copies"
 _IMAGES = "after: images"
 
 
-def confidence_figure(selections: Sequence[RoundSelection]) -> str | None:
-    """Draw kept and rejected samples, and accuracy where truth is known, by confidence."""
+def confidence_figure(
+    selections: Sequence[RoundSelection], render: Callable[..., str] = draw_svg
+) -> str | None:
+    """Draw kept and rejected samples, and accuracy where truth is known, by confidence.
+
+    Args:
+        selections: by round.
+        render: `draw_svg` or `draw_png`.
+    """
     shown = shown_rounds(selections)
     if not shown:
         return None
@@ -57,7 +64,7 @@ def confidence_figure(selections: Sequence[RoundSelection]) -> str | None:
             grid[1, 0].set_ylabel("accuracy, %")
         legend(figure, "lower center")
 
-    return draw_svg(
+    return render(
         draw,
         "confidence",
         "Kept and rejected predictions by confidence, and their accuracy",
@@ -66,8 +73,15 @@ def confidence_figure(selections: Sequence[RoundSelection]) -> str | None:
     )
 
 
-def class_balance_figure(selections: Sequence[RoundSelection]) -> str | None:
-    """Draw, per round, how many samples each class has before and after selection."""
+def class_balance_figure(
+    selections: Sequence[RoundSelection], render: Callable[..., str] = draw_svg
+) -> str | None:
+    """Draw, per round, how many samples each class has before and after selection.
+
+    Args:
+        selections: by round.
+        render: `draw_svg` or `draw_png`.
+    """
     shown = shown_rounds(selections)
     if not shown:
         return None
@@ -90,7 +104,7 @@ def class_balance_figure(selections: Sequence[RoundSelection]) -> str | None:
             grid[-1, 0].set_xlabel("classes, most predicted first; counts are logarithmic")
         legend(figure, "lower center")
 
-    return draw_svg(
+    return render(
         draw,
         "classes",
         "Samples per class before and after selection",

@@ -1,8 +1,9 @@
-"""Inline SVG whose text and colours follow the page, be it light, dark or paper.
+"""Figures: inline SVG whose colours follow the page, be it light, dark or paper, and plain PNG.
 
 matplotlib is imported when a figure is drawn, because every flow process imports this module.
 """
 
+import base64
 import io
 import re
 import warnings
@@ -30,6 +31,7 @@ _VARIABLES = {
     SKY: "var(--sky)",
     GREY: "var(--grey)",
 }
+_LIGHT_GREY = "#d0d0d0"
 PAGE_INCHES = 10.4
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font, in any script
@@ -103,6 +105,27 @@ def draw_svg(
         f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 {box}"'
         f' style="max-width: {share:.0f}%">{body}'
     )
+
+
+def draw_png(
+    draw: "Callable[[Figure], None]",
+    name: str,
+    label: str,
+    *,
+    height: float,
+    width: float = PAGE_INCHES,
+) -> str:
+    """Draw a figure on white and return it as a data URL, for pages that take no SVG."""
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    on_white = {key: _LIGHT_GREY for key, value in _SETTINGS.items() if value == GRID}
+    with plain_matplotlib(_SETTINGS | on_white):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        about = {"Title": name, "Description": label, "Software": None}
+        figure.savefig(buffer, format="png", dpi=100, facecolor="white", metadata=about)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _themed(style: str) -> str:

@@ -21,7 +21,7 @@ from tasks.live_progress import LiveProgress
 from tasks.materializing import materialize_if_useful
 from tasks.policies import RETRIES, RETRY_DELAY_SECONDS, worth_retrying
 from tasks.specifications import Specification
-from tasks.training_orders import TrainingOrder, place_order
+from tasks.training_orders import TrainingOrder, images_per_step, place_order
 
 Reference = dict[str, Any]
 
@@ -65,6 +65,7 @@ def train(
     label: str,
     artifact: str,
     launch: LaunchConfig = ONE_LOCAL_PROCESS,
+    note: str = "",
 ) -> Reference | State:
     """Train in processes of its own, or wait for them; goes on from the newest checkpoint."""
     there = reused(store, order.specification)
@@ -73,7 +74,8 @@ def train(
         return there
     materialize_if_useful(store, order)
     place_order(store, order)
-    progress = LiveProgress(label, "steps", key=artifact)
+    images = images_per_step(order.config).all
+    progress = LiveProgress(label, "steps", key=artifact, images_per_unit=images, note=note)
     launch_worker(
         store,
         order.specification.fingerprint,

@@ -28,6 +28,7 @@ def test_a_night_labels_the_new_shards_and_a_night_without_any_computes_nothing(
     monkeypatch.setattr(
         "flows.driving.write_report", lambda store, status, inputs: drawn.append(status["run"])
     )
+    monkeypatch.setattr("flows.artifacts.show_figures", lambda store, status: None)
     folder, data = tmp_path / "store", tmp_path / "data"
     store = open_store(str(folder))
     shutil.copytree(corpora_folder, data)
