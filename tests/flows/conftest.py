@@ -1,6 +1,7 @@
 """One Prefect server for all tests of flows, and runs small enough to be tested whole."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tasks.stages
 from flows.config import SelfTrainingConfig
 from flows.loading import load_config
 from flows.server import prefect_server
+from storage.file_systems import file_system_of
 from storage.store import Store
 from tasks.devices import DeviceChoice, resolve_device
 from tasks.training import run_training
@@ -109,3 +111,28 @@ def tiny_config(corpora_folder: Path) -> Callable[..., SelfTrainingConfig]:
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """Return the URL of a fresh bucket; this process and its children know where it is.
+
+    Its credentials are words that occur nowhere else, so that a test can look for them.
+    """
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "canary-key-id-7d1f")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret-key-a93e")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        file_system_of("s3").call_s3("create_bucket", Bucket=name)
+        yield f"s3://{name}"
+    server.stop()

@@ -1,8 +1,6 @@
 """The whole loop with corpora and store on S3, workers in processes of their own."""
 
-import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from flows.config import SelfTrainingConfig
 from flows.run_status import RunStatus, read_status
 from flows.self_training import self_training
-from storage.file_systems import file_system_of
 from storage.objects import join_url, write_object
 from storage.runs import list_runs
 from storage.store import Store, open_store
@@ -20,28 +17,6 @@ from tasks.specifications import read_result
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(600)]
 
 MakeConfig = Callable[..., SelfTrainingConfig]
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """Return the URL of a fresh bucket; this process and its children know where it is."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        name = f"bucket-{uuid.uuid4().hex[:12]}"
-        file_system_of("s3").call_s3("create_bucket", Bucket=name)
-        yield f"s3://{name}"
-    server.stop()
 
 
 def test_run_on_s3_commits_the_same_manifests_and_weights_as_a_local_one(
