@@ -107,7 +107,8 @@ def plan(
     Example: `selftrain plan demo --name longer --store ./selftrain-store --set rounds=5`
     """
     from flows.loading import load_config
-    from flows.planning import plan_run, plan_to_json
+    from flows.plan_totals import plan_to_json
+    from flows.planning import plan_run
     from flows.terminal import print_plan, showing_progress
     from storage.store import open_store
 

@@ -1,14 +1,15 @@
 """What a run would compute and what it would find in the store, before anything is spent."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from flows.approvals import read_approvals, thresholds_by_round
 from flows.config import SelfTrainingConfig
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
 from flows.reading_costs import ReadBytes, ReadingCosts, SelectedItems, read_once, stream_reads
+from models.weight_bytes import weight_bytes
 from storage.checkpoints import newest_checkpoint
 from storage.corpus import Corpus, Shard, load_corpus
 from storage.manifest import read_provenance
@@ -23,6 +24,8 @@ from tasks.training_orders import images_per_step
 
 PLAN_SCHEMA = 1
 _BYTES_PER_PREDICTION = 60  # key and scalar columns, without the probabilities
+_BYTES_PER_TARGET = 2 + 4  # half float and class
+_BYTES_PER_SELECTED = 30  # key and scalar columns, without the targets
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class PlannedStage:
         shards: shards in all, None for other stages.
         estimated_seconds: 0 where it is reused; else from the rate of finished stages of this run
             that are like it, None where there is none.
-        estimated_bytes: to be written; None where unknown.
+        estimated_device_seconds: likewise, of all its devices together.
+        estimated_bytes: to be written and kept, before compression; 0 where it is reused.
         read_bytes: of shards, fetched from where they lie if no cache is used; 0 where it is
             reused.
         read_bytes_cached: likewise with the config's cache, or with one that holds everything where
@@ -60,7 +64,8 @@ class PlannedStage:
     shards_done: int | None = None
     shards: int | None = None
     estimated_seconds: float | None = None
-    estimated_bytes: int | None = None
+    estimated_device_seconds: float | None = None
+    estimated_bytes: int = 0
     read_bytes: int = 0
     read_bytes_cached: int = 0
 
@@ -82,9 +87,12 @@ def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
     return _Planner(store, config, pins, graph).estimated_stages()
 
 
-def plan_to_json(stages: list[PlannedStage]) -> dict[str, Any]:
-    """Return the documented form, schema 1."""
-    return {"schema": PLAN_SCHEMA, "stages": [asdict(stage) for stage in stages]}
+class _Measured(NamedTuple):
+    """Finished stages of a kind: what they took, for how many images."""
+
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    samples: int = 0
 
 
 @dataclass
@@ -93,8 +101,8 @@ class _Planner:
     config: SelfTrainingConfig
     pins: Pins
     graph: RunGraph
-    # Kind and, for trainings, network and image size -> (seconds, samples) of finished stages.
-    measured: dict[str, tuple[float, int]] = field(default_factory=dict)
+    # By kind and, for trainings, network and image size.
+    measured: dict[str, _Measured] = field(default_factory=dict[str, _Measured])
     likeness: dict[str, str] = field(default_factory=dict)
     costs: ReadingCosts = field(init=False)
 
@@ -124,8 +132,7 @@ class _Planner:
                 for one in labelings:
                     found.append(self._label(one, round_index, teachers, assumed=assumed))
                 selection = self.graph.select(teacher, round_index)
-                size = self._size(self.graph.unlabeled)
-                found.append(self._stage(selection, round_index, size, assumed=assumed))
+                found.append(self._select(selection, round_index, assumed=assumed))
             found += self._trainings(self.graph.student(teacher, round_index), assumed=assumed)
             student = self.graph.student_model(teacher, round_index)
             found += self._evaluations(student, assumed=assumed)
@@ -154,7 +161,9 @@ class _Planner:
             planned = self._stage(
                 specification, model.round_index, corpus.num_samples, assumed=assumed
             )
-            found.append(_reading(planned, read_once(corpus.num_bytes)))
+            num_bytes = self._bytes_per_prediction("full") * corpus.num_samples
+            planned = _reading(planned, read_once(corpus.num_bytes))
+            found.append(_writing(planned, num_bytes))
         return found
 
     def _trainings(self, trainings: Sequence[Training], *, assumed: bool) -> list[PlannedStage]:
@@ -179,6 +188,14 @@ class _Planner:
                     selected=self._selected(specification),
                 )
                 planned = _reading(planned, self.costs.of_training(reads))
+                planned = _writing(
+                    planned,
+                    weight_bytes(
+                        config.architecture,
+                        num_classes=len(self.pins.class_names),
+                        image_size=config.image_size,
+                    ),
+                )
             found.append(replace(planned, part=specification.settings["role"]))
         return found
 
@@ -230,10 +247,24 @@ class _Planner:
             corpus,
             shards_to_label(self.store, specification.inputs["labeler"], corpus),
             assumed=assumed,
-            bytes_per_row=_BYTES_PER_PREDICTION + self._probability_bytes(),
+            bytes_per_row=self._bytes_per_prediction(
+                resolved_form(self.config.labeling, len(self.pins.class_names))
+            ),
             passes=len(teachers),
         )
         return replace(planned, teachers=teachers)
+
+    def _select(
+        self, specification: Specification, round_index: int, *, assumed: bool
+    ) -> PlannedStage:
+        """Return a selection, whose bytes are those of one that keeps every label."""
+        size = self._size(self.graph.unlabeled)
+        planned = self._stage(specification, round_index, size, assumed=assumed)
+        labeling, num_classes = self.config.labeling, len(self.pins.class_names)
+        is_soft = self.config.selection.target == "soft"
+        is_full = resolved_form(labeling, num_classes) == "full"
+        num_listed = (num_classes if is_full else labeling.k) if is_soft else 0
+        return _writing(planned, size * (_BYTES_PER_SELECTED + _BYTES_PER_TARGET * num_listed))
 
     def _by_shard(
         self,
@@ -264,11 +295,11 @@ class _Planner:
             estimated_bytes=bytes_per_row * sum(shard.num_samples for shard in missing),
         )
 
-    def _probability_bytes(self) -> int:
-        """Return the bytes of a row's probabilities: half floats, and ids where few are listed."""
+    def _bytes_per_prediction(self, form: str) -> int:
+        """Return the bytes of a row: its probabilities are half floats, with ids where few are."""
         labeling, num_classes = self.config.labeling, len(self.pins.class_names)
-        is_full = resolved_form(labeling, num_classes) == "full"
-        return 2 * num_classes if is_full else (2 + 4) * labeling.k
+        probabilities = 2 * num_classes if form == "full" else _BYTES_PER_TARGET * labeling.k
+        return _BYTES_PER_PREDICTION + probabilities
 
     def _stage(
         self,
@@ -296,7 +327,7 @@ class _Planner:
             state="reused" if is_done else "partial" if is_begun else "to_do",
             samples=samples,
             estimated_seconds=0.0 if is_done else None,
-            estimated_bytes=0 if is_done else None,
+            estimated_device_seconds=0.0 if is_done else None,
         )
 
     def _measure(self, specification: Specification, like: str, samples: int) -> None:
@@ -304,16 +335,25 @@ class _Planner:
         provenance = read_provenance(self.store, specification.folder) or {}
         # A stage that was resumed tells the time of its last attempt only.
         if "seconds" in provenance and not provenance.get("resumed_at_step"):
-            seconds, counted = self.measured.get(like, (0.0, 0))
-            self.measured[like] = seconds + provenance["seconds"], counted + samples
+            before, seconds = self.measured.get(like, _Measured()), provenance["seconds"]
+            self.measured[like] = _Measured(
+                before.seconds + seconds,
+                before.device_seconds + seconds * (provenance.get("processes") or 1),
+                before.samples + samples,
+            )
 
     def _with_estimate(self, stage: PlannedStage) -> PlannedStage:
-        seconds, samples = self.measured.get(self.likeness[stage.fingerprint], (0.0, 0))
-        if stage.estimated_seconds is not None or samples == 0:
+        measured = self.measured.get(self.likeness[stage.fingerprint], _Measured())
+        if stage.estimated_seconds is not None or measured.samples == 0:
             return stage
         share = 1.0 if not stage.shards else 1 - (stage.shards_done or 0) / stage.shards
         predictions = stage.samples * len(stage.teachers or (None,))
-        return replace(stage, estimated_seconds=seconds / samples * predictions * share)
+        part = predictions * share / measured.samples
+        return replace(
+            stage,
+            estimated_seconds=measured.seconds * part,
+            estimated_device_seconds=measured.device_seconds * part,
+        )
 
     def _size(self, digest: str) -> int:
         return load_corpus(self.store, digest).num_samples
@@ -324,3 +364,8 @@ def _reading(stage: PlannedStage, read: ReadBytes) -> PlannedStage:
     if stage.state == "reused":
         return stage
     return replace(stage, read_bytes=read.uncached, read_bytes_cached=read.cached)
+
+
+def _writing(stage: PlannedStage, num_bytes: int) -> PlannedStage:
+    """Return the stage with what it will leave in the store; a reused one writes nothing."""
+    return stage if stage.state == "reused" else replace(stage, estimated_bytes=num_bytes)

@@ -13,9 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from flows.plan_totals import totals_of
 from flows.planning import PlannedStage
 from flows.run_status import RunStatus, percent, table_rows
 from tasks.progress import Progress, listening
+from tasks.report_formats import duration
 
 # Where the output is no terminal, rich would fold tables to 80 columns.
 _FILE_WIDTH = 130
@@ -109,7 +111,7 @@ def print_status(status: RunStatus) -> None:
 def print_plan(stages: list[PlannedStage]) -> None:
     """Print the stages of a plan and their sum."""
     table = titled_table("plan, assuming that every student is promoted")
-    for name in ["round", "stage", "state", "images", "shards", "seconds", "address"]:
+    for name in ["round", "stage", "state", "images", "shards", "seconds", "to store", "address"]:
         table.add_column(name, justify="left" if name in ("stage", "address") else "right")
     styles = {"reused": "green", "partial": "yellow", "to_do": ""}
     for stage in stages:
@@ -118,9 +120,9 @@ def print_plan(stages: list[PlannedStage]) -> None:
         state = stage.state.replace("_", " ") + (" ?" if stage.assumed else "")
         kind = stage.kind if stage.part is None else f"{stage.kind} {stage.part.replace('_', ' ')}"
         cells = [str(stage.round_index), kind, state, f"{stage.samples:,}", shards, seconds]
+        cells += [_bytes(stage.estimated_bytes) if stage.estimated_bytes else ""]
         table.add_row(*cells, stage.fingerprint[:12], style=styles[stage.state])
     out.print(table)
-    num_reused = sum(stage.state == "reused" for stage in stages)
     for round_index in sorted({stage.round_index for stage in stages}):
         of_round = [stage for stage in stages if stage.round_index == round_index]
         read, cached = (
@@ -133,10 +135,26 @@ def print_plan(stages: list[PlannedStage]) -> None:
                 f" {_bytes(cached)} with a cache",
                 highlight=False,
             )
+    totals = totals_of(stages)
     out.print(
-        f"{num_reused} of {len(stages)} stages are in the store; ? depends on a promotion to come",
+        f"{totals.stages - totals.to_compute} of {totals.stages} stages are in the store; ? depends"
+        " on a promotion to come",
         highlight=False,
     )
+    if totals.to_compute:
+        measured = totals.to_compute - totals.unmeasured
+        seconds, devices = totals.estimated_seconds, totals.estimated_device_seconds
+        time = (
+            f"{devices / 3600:.2f} device-hours ({duration(seconds)} one after the other) by the"
+            f" rates of finished stages, for {measured} of them"
+            if measured
+            else "no stage like them has finished yet to tell their time"
+        )
+        out.print(
+            f"{totals.to_compute} to compute: {time}; up to {_bytes(totals.estimated_bytes)} to"
+            " store",
+            highlight=False,
+        )
 
 
 def print_runs(store: str, runs: list[RunStatus]) -> None:

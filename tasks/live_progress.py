@@ -12,6 +12,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import MissingContextError
 
 from tasks.progress import Progress, report
+from tasks.report_formats import duration
 
 _SECONDS_BETWEEN_ARTIFACTS = 5.0
 # How long a finished stage waits for the last word on it to be written.
@@ -67,7 +68,7 @@ class LiveProgress:
         if rate is not None:
             shown.append(f"{rate * self._images_per_unit:.4g} img/s")
             if not is_finished:
-                shown.append(f"{in_words((total - done) / rate)} left")
+                shown.append(f"{duration((total - done) / rate)} left")
         shown += [self._note] if self._note else []
         description = ", ".join([f"{self._stage}: {done} of {total} {self._unit}", *shown])
         self._write(100 * done / max(total, 1), description, wait=is_finished)
@@ -103,14 +104,6 @@ class LiveProgress:
                 update_progress_artifact(self._artifact, percent, description=description)
         except Exception as error:  # whatever is wrong with a view, the stage goes on
             _logger().warning("progress artifact %s was not written: %s", self._key, error)
-
-
-def in_words(seconds: float) -> str:
-    """Return a time in its largest unit and the next: `42 s`, `7 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _logger() -> Any:

@@ -66,6 +66,9 @@ STATUS = {
     "run": TEXT,
     "state": TEXT,
     "stop_reason": TEXT,
+    "stages_computed": (int,),
+    "waiting_for": (type(None),),
+    "approvals": (list,),
     "store": TEXT,
     "versions_mixed": (bool,),
     "rounds": [ROUND],
@@ -85,11 +88,22 @@ PLANNED = {
     "shards_done": (int, type(None)),
     "shards": (int, type(None)),
     "estimated_seconds": (float, type(None)),
-    "estimated_bytes": (int, type(None)),
+    "estimated_device_seconds": (float, type(None)),
+    "estimated_bytes": (int,),
     "read_bytes": (int,),
     "read_bytes_cached": (int,),
 }
-PLAN = {"schema": (int,), "stages": [PLANNED]}
+TOTALS = {
+    "stages": (int,),
+    "to_compute": (int,),
+    "unmeasured": (int,),
+    "estimated_seconds": FRACTION,
+    "estimated_device_seconds": FRACTION,
+    "estimated_bytes": (int,),
+    "read_bytes": (int,),
+    "read_bytes_cached": (int,),
+}
+PLAN = {"schema": (int,), "stages": [PLANNED], "totals": TOTALS}
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,20 @@ def test_plan_shows_what_is_there_and_what_a_longer_run_would_cost(demo: Demo) -
     assert [stage["kind"] for stage in new][:3] == ["label", "select", "train"]
     assert {(stage["state"], stage["assumed"]) for stage in new} == {("to_do", True)}
     assert (new[0]["shards_done"], new[0]["shards"]) == (0, same["stages"][3]["shards"])
-    assert "to do ?" in _invoke("plan", "demo", demo, *_sets("rounds=2"), "--name=longer").stdout
+    totals = longer["totals"]
+    assert same["totals"]["to_compute"] == same["totals"]["estimated_bytes"] == 0
+    # Round 2 is like round 1, all of whose stages have told their times.
+    assert (totals["stages"], totals["to_compute"], totals["unmeasured"]) == (15, 6, 0)
+    assert totals["estimated_seconds"] == pytest.approx(
+        sum(stage["estimated_seconds"] for stage in new)
+    )
+    assert 0 < totals["estimated_seconds"] <= totals["estimated_device_seconds"]
+    assert totals["estimated_bytes"] == sum(stage["estimated_bytes"] for stage in new)
+    assert all(stage["estimated_bytes"] > 0 for stage in new if stage["kind"] != "promote")
+    shown = _invoke("plan", "demo", demo, *_sets("rounds=2"), "--name=longer").stdout
+    assert "to do ?" in shown
+    assert "6 to compute: " in shown
+    assert "device-hours" in shown
     assert "longer" not in _invoke("list", demo).stdout
 
 
