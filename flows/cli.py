@@ -8,8 +8,9 @@ import typer
 
 from flows.cli_approval import approve
 from flows.cli_data import data_app
+from flows.cli_deploy import deploy, serve
 from flows.cli_errors import reporting_errors
-from flows.cli_options import Json, Run, Store, print_json, store_url
+from flows.cli_options import Config, Json, Name, Run, Sets, Store, print_json, store_url
 from flows.cli_pseudo_labels import explain, label, select
 
 # Heavy modules (torch, Prefect) are imported inside the commands: `--help` answers at once.
@@ -39,11 +40,9 @@ app.command()(label)
 app.command()(select)
 app.command()(explain)
 app.command()(approve)
+app.command()(deploy)
+app.command()(serve)
 
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated."),
-]
 MachineSets = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,8 +52,6 @@ MachineSets = Annotated[
         " loader_threads or materialize; may be repeated.",
     ),
 ]
-Name = Annotated[str | None, typer.Option("--name", help="Name of the run in the store.")]
-Config = Annotated[str, typer.Argument(help="A YAML file, or a recipe: see `selftrain recipes`.")]
 
 
 @app.command()
@@ -259,28 +256,6 @@ def import_command(
         std=std,
     )
     typer.echo(url)
-
-
-@app.command()
-@reporting_errors
-def serve(
-    config: Config,
-    cron: Annotated[str, typer.Option(help='When to run, e.g. "0 2 * * *".')],
-    timezone: Annotated[str, typer.Option(help="Of the schedule.")] = "UTC",
-    store: Store = None,
-    name: Name = None,
-    sets: Sets = None,
-) -> None:
-    """Run a config on a schedule on this machine, until Ctrl-C. Each run has a name of its own.
-
-    Example: `selftrain serve nightly.yaml --cron "0 2 * * *" --timezone Europe/Berlin`
-    """
-    from flows.loading import load_config
-    from flows.serving import serve_on_schedule
-
-    loaded = load_config(config, overrides=sets or [], name=name)
-    url = store_url(store, loaded.store)
-    serve_on_schedule(loaded.model_copy(update={"store": url}), cron=cron, timezone=timezone)
 
 
 @app.command()

@@ -17,7 +17,7 @@ FAILED, WRONG_USAGE, STOPPED = 1, 2, 3
 # By name: the classes live in modules that are too heavy to import for `--help`.
 _WRONG_USAGE = {
     *("ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"),
-    *("UnknownSample", "OutputMismatch", "NotWaiting", "AlreadyDecided"),
+    *("UnknownSample", "OutputMismatch", "UnknownWorkPool", "NotWaiting", "AlreadyDecided"),
 }
 _STOPPED = {
     "StoppedOnRequest",

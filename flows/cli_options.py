@@ -17,6 +17,12 @@ Store = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Run = Annotated[str, typer.Argument(help="Name of the run.")]
+Config = Annotated[str, typer.Argument(help="A YAML file, or a recipe: see `selftrain recipes`.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the run in the store.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated."),
+]
 
 
 def store_url(option: str | None, configured: str | None = None) -> str:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
+from flows.operating_config import ScheduleConfig
 from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
     StudentConfig,
@@ -175,6 +176,10 @@ class SelfTrainingConfig(_Config):
     engine: EngineConfig = Field(
         default=LOCAL_ENGINE,
         description="Whose workers label the corpus; in no fingerprint.",
+    )
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(),
+        description="When runs start by themselves; read by `selftrain deploy` and `serve` alone.",
     )
 
     model_config = ConfigDict(

@@ -40,6 +40,8 @@ MACHINE_SETTINGS = ("device", "cache", "loader_threads", "materialize", "launch"
 may have its own."""
 
 _OF_AN_ATTEMPT = ("name", *MACHINE_SETTINGS)
+OPERATING_SECTIONS = ("schedule",)
+"""Keys that say when and by whom runs are started. They are of the deployment and not of a run."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,10 @@ def refuse_without_room(store: Store, config: SelfTrainingConfig, pins: Pins) ->
 
 
 def _stored_config(config: SelfTrainingConfig) -> dict[str, Any]:
-    """Return the config without what may differ between machines."""
+    """Return the config without what is not of the run: where its store lies, who starts it."""
     stored = config.model_dump(mode="json", by_alias=True)
-    del stored["store"]
+    for key in ("store", *OPERATING_SECTIONS):
+        del stored[key]
     return stored
 
 

@@ -1,6 +1,5 @@
 """Long-running commands: a schedule on one machine, and the UI of past runs."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,8 @@ from prefect.settings import get_current_settings
 
 from flows import running  # noqa: F401  (sets Prefect's environment before it is used)
 from flows.config import SelfTrainingConfig
+from flows.loading import ConfigError
+from flows.schedules import in_words, prefect_schedule
 from flows.server import prefect_server, start_server_process, wait_until_healthy
 from flows.terminal import err
 from tasks.children import die_with_parent, stop_process_group
@@ -23,23 +24,24 @@ class SchedulerEnded(RuntimeError):
     """The process that starts runs has ended by itself."""
 
 
-def serve_on_schedule(config: SelfTrainingConfig, *, cron: str, timezone: str) -> None:
-    """Start a run at every tick of the schedule, in processes of this machine, until Ctrl-C.
+def serve_on_schedule(config: SelfTrainingConfig) -> None:
+    """Start a run at every tick of its schedule, in processes of this machine, until Ctrl-C.
 
     Prefect's runner has a process of its own (flows/serving_process.py): interrupted while a run is
     going on, it waits for ever (3.8.8). Here it and its runs get SIGTERM, upon which a run writes
     its checkpoint, and what is left after a minute is killed.
 
-    Raises: SchedulerEnded, if that process ends by itself.
+    Raises: ConfigError for a schedule that cannot be read, or starts nothing; SchedulerEnded, if
+        that process ends by itself.
     """
-    order = {
-        "config": config.model_dump(mode="json", by_alias=True),
-        "cron": cron,
-        "timezone": timezone,
-    }
+    if prefect_schedule(config.schedule) is None or not config.schedule.active:
+        raise ConfigError(
+            f"run {config.name!r} has no schedule that is active: give --cron, or set one of"
+            " schedule.cron, schedule.interval_seconds, schedule.rrule"
+        )
     with prefect_server() as server:
         err.print(f"Prefect UI: {server.ui_url}", highlight=False)
-        err.print(f"{config.name}: {cron} ({timezone}); Ctrl-C ends it", highlight=False)
+        err.print(f"{config.name}: {in_words(config.schedule)}; Ctrl-C ends it", highlight=False)
         signal.signal(signal.SIGTERM, _raise_interrupt)
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
         process = subprocess.Popen(
@@ -52,7 +54,7 @@ def serve_on_schedule(config: SelfTrainingConfig, *, cron: str, timezone: str) -
         try:
             assert process.stdin is not None
             with process.stdin as stdin:
-                stdin.write(json.dumps(order).encode())
+                stdin.write(config.model_dump_json(by_alias=True).encode())
             code = process.wait()
         except KeyboardInterrupt:
             return

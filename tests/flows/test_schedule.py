@@ -1,5 +1,6 @@
 """infra/prefect.yaml: what it deploys can be imported, is valid, and runs on a schedule."""
 
+import json
 import os
 import re
 import subprocess
@@ -54,45 +55,70 @@ def test_deployed_config_is_valid_and_has_no_store_of_its_own() -> None:
     assert nightly["schedules"][0]["active"] is False, "deploying must not start trainings"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
-    prefect_api: str, tmp_path: Path
-) -> None:
+def test_prefect_file_is_deployed_as_written(prefect_api: str) -> None:
     _prefect("work-pool", "create", "selftrain", "--type", "process", cwd=ROOT)
     _prefect("--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all", cwd=ROOT)
     with _client(prefect_api) as api:
-        deployments = {one["entrypoint"]: one for one in _post(api, "/deployments/filter", {})}
-        assert deployments.keys() == {one["entrypoint"] for one in DEPLOYMENTS}
-        for one in deployments.values():
-            assert one["work_pool_name"] == "selftrain"
-            assert not one["pull_steps"]
-            assert str(ROOT) not in str(one), "no path of the deploying machine"
-        nightly = deployments["flows.self_training.self_training"]
-        schedule = nightly["schedules"][0]
-        assert schedule["schedule"]["cron"] == "0 2 * * *"
-        assert schedule["schedule"]["timezone"] == "Europe/Berlin"
-        assert schedule["active"] is False
-        assert nightly["global_concurrency_limit"]["limit"] == 1
-        assert nightly["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        written = {one["name"] for one in DEPLOYMENTS}
+        wanted = {"deployments": {"name": {"any_": sorted(written)}}}
+        deployments = {one["entrypoint"]: one for one in _post(api, "/deployments/filter", wanted)}
+    assert deployments.keys() == {one["entrypoint"] for one in DEPLOYMENTS}
+    for one in deployments.values():
+        assert one["work_pool_name"] == "selftrain"
+        assert not one["pull_steps"]
+        assert str(ROOT) not in str(one), "no path of the deploying machine"
+    nightly = deployments["flows.self_training.self_training"]
+    schedule = nightly["schedules"][0]
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+    assert schedule["schedule"]["timezone"] == "Europe/Berlin"
+    assert schedule["active"] is False
+    assert nightly["global_concurrency_limit"]["limit"] == 1
+    assert nightly["concurrency_options"]["collision_strategy"] == "ENQUEUE"
 
-        # Every minute, so that a tick is near whenever the scheduler comes to look.
-        schedules = f"/deployments/{nightly['id']}/schedules"
-        every_minute = {"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True}
-        minutely = _post(api, schedules, [every_minute])[0]
-        flow_run_id, due = _wait_for_scheduled_run(api, nightly["id"])
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_deployed_config_runs_on_its_schedule_in_a_worker_under_a_name_of_its_own(
+    prefect_api: str, tmp_path: Path
+) -> None:
+    # Every minute, so that a tick is near whenever the scheduler comes to look.
+    schedule = ["schedule.cron='* * * * *'", "schedule.overlap=cancel"]
+    deployed = _deploy(*schedule, pool="minutes")
+    assert deployed["work_pools"] == [{"name": "minutes", "type": "process", "created": True}]
+    names = [one["name"] for one in deployed["deployments"]]
+    flows = ["self-training", "label", "select", "train", "evaluate"]
+    assert names == [f"{flow}/minutely" for flow in flows]
+    with _client(prefect_api) as api:
+        for one in deployed["deployments"]:
+            there = api.get(f"/deployments/{one['id']}").raise_for_status().json()
+            assert there["work_pool_name"] == "minutes"
+            assert not there["pull_steps"]
+            assert str(ROOT) not in str(there), "no path of the deploying machine"
+        run = api.get(f"/deployments/{deployed['deployments'][0]['id']}").json()
+        assert run["global_concurrency_limit"]["limit"] == 1
+        assert run["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+        assert [one["schedule"]["cron"] for one in run["schedules"]] == ["* * * * *"]
+
+        flow_run_id, due = _wait_for_scheduled_run(api, run["id"])
         time.sleep(max(0.0, (due - datetime.now(UTC)).total_seconds()))
         # Not from the repository: the packages are installed, and that is what a node has.
         store = tmp_path / "store"
-        worker = ("worker", "start", "--pool", "selftrain", "--type", "process", "--run-once")
+        worker = ("worker", "start", "--pool", "minutes", "--type", "process", "--run-once")
         log = _prefect(*worker, cwd=tmp_path, SELFTRAIN_STORE=str(store))
         flow_run = _wait_until_final(api, flow_run_id)
-        # With it go the runs of the minutes that have passed meanwhile.
-        api.delete(f"{schedules}/{minutely['id']}").raise_for_status()
+        # Deployed again: the same deployments, and no run of the minutes that have passed.
+        again = _deploy("schedule.interval_seconds=86400", "schedule.active=false", pool="minutes")
+        assert again["deployments"][0]["id"] == run["id"]
+        assert again["work_pools"][0]["created"] is False
+        run = api.get(f"/deployments/{run['id']}").json()
+        assert [one["schedule"]["interval"] for one in run["schedules"]] == [86400]
+        assert run["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        assert _post(api, "/flow_runs/filter", _runs_of(run["id"]) | scheduled) == []
 
     assert flow_run["state"]["name"] == "Completed", f"{flow_run['state']}\n{log}"
-    assert re.fullmatch(r"nightly-\d{8}t\d{6}z", flow_run["name"])
-    started = datetime.strptime(flow_run["name"], "nightly-%Y%m%dt%H%M%Sz").replace(tzinfo=UTC)
+    assert re.fullmatch(r"minutely-\d{8}t\d{6}z", flow_run["name"])
+    started = datetime.strptime(flow_run["name"], "minutely-%Y%m%dt%H%M%Sz").replace(tzinfo=UTC)
     assert started == due, "the time it was scheduled for"
     opened = open_store(str(store))
     names = list_runs(opened)
@@ -110,6 +136,13 @@ def test_scheduled_run_is_executed_by_a_worker_under_a_name_of_its_own(
     assert list_runs(opened) == names
     rounds = read_status(opened, flow_run["name"]).rounds
     assert {stage["state"] for one in rounds for stage in one.stages} == {"reused"}
+
+
+def test_a_pool_of_a_cluster_is_not_made_but_its_command_is_named(prefect_api: str) -> None:
+    done = _selftrain("deploy", "demo", "--pool", "gpus", "--pool-type", "kubernetes")
+
+    assert done.returncode == 2
+    assert "prefect work-pool create gpus --type kubernetes --base-job-template" in done.stderr
 
 
 @pytest.mark.slow
@@ -188,6 +221,10 @@ def _wait_for_scheduled_run(api: httpx.Client, deployment_id: str) -> tuple[str,
     raise AssertionError("the scheduler made no run within two minutes")
 
 
+def _runs_of(deployment_id: str) -> dict[str, Any]:
+    return {"deployments": {"id": {"any_": [deployment_id]}}}
+
+
 def _wait_until_final(api: httpx.Client, flow_run_id: str) -> dict[str, Any]:
     deadline = time.monotonic() + 60
     while True:
@@ -211,6 +248,28 @@ class _Patient(httpx.HTTPTransport):
                 return response
             response.close()
             time.sleep(1)
+
+
+def _deploy(*overrides: str, pool: str) -> dict[str, Any]:
+    """Deploy the demo in a short form as `minutely` and return what --json says."""
+    settings = [argument for one in (*SHORT, *overrides) for argument in ("--set", one)]
+    done = _selftrain("deploy", "demo", "--name", "minutely", "--pool", pool, "--json", *settings)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _selftrain(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {name: value for name, value in os.environ.items() if name != "SELFTRAIN_STORE"}
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
 
 
 def _client(api_url: str) -> httpx.Client:

@@ -1,0 +1,221 @@
+"""Deployments of a config on Prefect work pools: the whole run, and its stages alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+from prefect.types.entrypoint import EntrypointType
+
+from flows.config import SelfTrainingConfig, ShardsData
+from flows.evaluation import evaluate_model
+from flows.labeling import label_corpus
+from flows.loading import ConfigError
+from flows.opening import OPERATING_SECTIONS
+from flows.schedules import in_words, one_at_a_time, prefect_schedule
+from flows.selection import select_pseudo_labels
+from flows.self_training import self_training
+from flows.training import train_model
+from storage.patterns import below_root
+from storage.store import open_store
+
+DEPLOY_SCHEMA = 1
+PROCESS = "process"
+
+# What a worker puts into the environment of a run.
+_WORKER_ENVIRONMENT = {
+    # A node without a server of its own must not start one unnoticed.
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+    # A run outlives a restart of the server: 2 + 4 + ... + 256 s of retries.
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
+}
+
+
+class NoServer(ValueError):
+    """There is no Prefect server to deploy to."""
+
+
+class UnknownWorkPool(ValueError):
+    """There is no work pool of this name, and it cannot be made without more being known."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Where runs are carried out.
+
+    Attributes:
+        name: of the work pool of whole runs, labelling, training and evaluation.
+        cpu: of the work pool of what needs no accelerator: selection.
+        type: what both are expected to be; only a `process` pool is made where there is none.
+    """
+
+    name: str
+    cpu: str
+    type: str = PROCESS
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a config was deployed as.
+
+    Attributes:
+        api_url: of the Prefect server.
+        deployments: `name` (flow/deployment), `id`, `work_pool`, `entrypoint`, `schedule` in words.
+        work_pools: `name`, `type`, `created`.
+    """
+
+    api_url: str
+    deployments: tuple[dict[str, Any], ...]
+    work_pools: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the documented form, schema 1."""
+        return {
+            "schema": DEPLOY_SCHEMA,
+            "api_url": self.api_url,
+            "deployments": list(self.deployments),
+            "work_pools": list(self.work_pools),
+        }
+
+
+def deploy(config: SelfTrainingConfig, pools: Pools) -> Deployed:
+    """Create the deployments of a config, or bring those that are there up to date.
+
+    All bear the config's name. A schedule starts runs of the whole loop; the stages alone are
+    started by hand, with the config's settings as defaults. Flows are named by their modules, so
+    that workers import what is installed where they run.
+
+    Raises: NoServer; UnknownWorkPool, naming the command that makes it; ConfigError for a schedule
+        that cannot be read, and for data that a worker would look for in its temporary folder.
+    """
+    api_url = PREFECT_API_URL.value()
+    if not api_url:
+        raise NoServer(
+            "no Prefect server to deploy to: start one with `prefect server start`, and set"
+            " PREFECT_API_URL, for example to http://127.0.0.1:4200/api"
+        )
+    config = _for_workers(config)
+    wanted = deployments_of(config, pools)
+    with get_client(sync_client=True) as client:
+        made = [_ensure_pool(client, name, pools.type) for name in _distinct(wanted)]
+    deployed: list[dict[str, Any]] = []
+    for one in wanted:
+        deployment_id = one.apply()
+        is_run = one.flow_name == self_training.name
+        deployed.append(
+            {
+                "name": one.full_name,
+                "id": str(deployment_id),
+                "work_pool": one.work_pool_name,
+                "entrypoint": one.entrypoint,
+                "schedule": in_words(config.schedule) if is_run else "none",
+            }
+        )
+    return Deployed(api_url, tuple(deployed), tuple(made))
+
+
+def run_parameters(config: SelfTrainingConfig) -> dict[str, Any]:
+    """Return the parameters of a deployed run: the whole config, defaults filled in.
+
+    What is of the deployment and not of a run is left out: a form that shows it would promise that
+    changing it has an effect.
+    """
+    dumped = config.model_dump(mode="json", by_alias=True)
+    return {"config": {key: dumped[key] for key in dumped if key not in OPERATING_SECTIONS}}
+
+
+def deployments_of(config: SelfTrainingConfig, pools: Pools) -> list[RunnerDeployment]:
+    """Return the deployments of a config, not yet sent to a server."""
+    dumped = config.model_dump(mode="json", by_alias=True)
+    settings = {key: dumped[key] for key in ("store", "device", "max_bad_samples")}
+    if config.store is None:
+        del settings["store"]  # asked for by the form, since a stage has no other way to know
+    trains = {key: value for key, value in settings.items() if key != "max_bad_samples"}
+    labels = {**settings, "config": dumped["labeling"], "engine": dumped["engine"]}
+    selects = {"config": dumped["selection"], "seed": config.seed}
+    if config.store is not None:
+        selects["store"] = config.store
+    schedule = prefect_schedule(config.schedule)
+    stages: list[tuple[Flow[..., Any], str, Mapping[str, Any]]] = [
+        (label_corpus, pools.name, labels),
+        (select_pseudo_labels, pools.cpu, selects),
+        (train_model, pools.name, trains),
+        (evaluate_model, pools.name, settings),
+    ]
+    return [
+        _deployment(
+            self_training,
+            config,
+            pools.name,
+            run_parameters(config),
+            schedules=[] if schedule is None else [schedule],
+            concurrency_limit=one_at_a_time(config.schedule),
+        ),
+        *(_deployment(flow, config, pool, given, schedules=[]) for flow, pool, given in stages),
+    ]
+
+
+def _deployment(
+    flow: Flow[..., Any],
+    config: SelfTrainingConfig,
+    pool: str,
+    parameters: Mapping[str, Any],
+    **options: Any,
+) -> RunnerDeployment:
+    return flow.to_deployment(
+        name=config.name,
+        work_pool_name=pool,
+        parameters=dict(parameters),
+        job_variables={"env": _WORKER_ENVIRONMENT},
+        tags=["selftrain"],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        **options,
+    )
+
+
+def _for_workers(config: SelfTrainingConfig) -> SelfTrainingConfig:
+    """Return the config as a worker can use it, whose folder is a temporary one.
+
+    Raises: ConfigError for relative paths of data. That of a store is made absolute, as by a run.
+    """
+    if config.store is not None:
+        config = config.model_copy(update={"store": open_store(config.store).url})
+    data = config.data
+    if isinstance(data, ShardsData):
+        for key in ("labeled", "dev", "test", "unlabeled", "exclude"):
+            value = getattr(data, key)
+            located = None if value is None else below_root(value, data.root)
+            if located is not None and not (located.startswith("/") or "://" in located):
+                raise ConfigError(
+                    f"data.{key} = {located!r}: a worker gives each run a temporary folder, where"
+                    " this path leads nowhere: give a URL or an absolute path, or data.root one"
+                )
+    return config
+
+
+def _distinct(deployments: Sequence[RunnerDeployment]) -> list[str]:
+    return list(dict.fromkeys(str(one.work_pool_name) for one in deployments))
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, type: str) -> dict[str, Any]:
+    created = False
+    try:
+        pool = client.read_work_pool(name)
+    except ObjectNotFound:
+        if type != PROCESS:
+            raise UnknownWorkPool(
+                f"there is no work pool {name!r}, and one of type {type} needs a job template that"
+                f" knows your cluster: prefect work-pool create {name} --type {type}"
+                " --base-job-template FILE"
+            ) from None
+        try:
+            pool = client.create_work_pool(WorkPoolCreate(name=name, type=PROCESS))
+            created = True
+        except ObjectAlreadyExists:  # by somebody else, just now
+            pool = client.read_work_pool(name)
+    return {"name": name, "type": pool.type, "created": created}
