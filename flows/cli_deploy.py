@@ -29,6 +29,13 @@ def deploy(
             " the command is named."
         ),
     ] = "process",
+    with_automations: Annotated[
+        bool,
+        typer.Option(
+            "--with-automations/--no-automations",
+            help="Have the server notice lost machines and start crashed runs again.",
+        ),
+    ] = True,
     store: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +64,8 @@ def deploy(
     loaded = load_config(config, overrides=sets or [], name=name)
     if store is not None:
         loaded = loaded.model_copy(update={"store": store})
-    deployed = deploy_to(loaded, Pools(pool, cpu_pool or pool, pool_type))
+    pools = Pools(pool, cpu_pool or pool, pool_type)
+    deployed = deploy_to(loaded, pools, with_automations=with_automations)
     if as_json:
         print_json(deployed.to_json())
     else:

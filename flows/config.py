@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
-from flows.operating_config import ScheduleConfig
+from flows.operating_config import RestartConfig, ScheduleConfig
 from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
     StudentConfig,
@@ -180,6 +180,10 @@ class SelfTrainingConfig(_Config):
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(),
         description="When runs start by themselves; read by `selftrain deploy` and `serve` alone.",
+    )
+    restart: RestartConfig = Field(
+        default=RestartConfig(),
+        description="What `selftrain deploy` has happen to a run that crashed.",
     )
 
     model_config = ConfigDict(

@@ -3,20 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.types.entrypoint import EntrypointType
 
+from flows.automations import automations_of, install
 from flows.config import SelfTrainingConfig, ShardsData
 from flows.evaluation import evaluate_model
 from flows.labeling import label_corpus
 from flows.loading import ConfigError
 from flows.opening import OPERATING_SECTIONS
+from flows.operating_config import RestartConfig
+from flows.restarting import restart_run
 from flows.schedules import in_words, one_at_a_time, prefect_schedule
 from flows.selection import select_pseudo_labels
 from flows.self_training import self_training
@@ -26,14 +31,6 @@ from storage.store import open_store
 
 DEPLOY_SCHEMA = 1
 PROCESS = "process"
-
-# What a worker puts into the environment of a run.
-_WORKER_ENVIRONMENT = {
-    # A node without a server of its own must not start one unnoticed.
-    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-    # A run outlives a restart of the server: 2 + 4 + ... + 256 s of retries.
-    "PREFECT_CLIENT_MAX_RETRIES": "8",
-}
 
 
 class NoServer(ValueError):
@@ -50,7 +47,7 @@ class Pools:
 
     Attributes:
         name: of the work pool of whole runs, labelling, training and evaluation.
-        cpu: of the work pool of what needs no accelerator: selection.
+        cpu: of the work pool of what needs no accelerator: selection, and starting runs again.
         type: what both are expected to be; only a `process` pool is made where there is none.
     """
 
@@ -67,11 +64,13 @@ class Deployed:
         api_url: of the Prefect server.
         deployments: `name` (flow/deployment), `id`, `work_pool`, `entrypoint`, `schedule` in words.
         work_pools: `name`, `type`, `created`.
+        automations: `name`, `id`.
     """
 
     api_url: str
     deployments: tuple[dict[str, Any], ...]
     work_pools: tuple[dict[str, Any], ...]
+    automations: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the documented form, schema 1."""
@@ -80,16 +79,21 @@ class Deployed:
             "api_url": self.api_url,
             "deployments": list(self.deployments),
             "work_pools": list(self.work_pools),
+            "automations": list(self.automations),
         }
 
 
-def deploy(config: SelfTrainingConfig, pools: Pools) -> Deployed:
+def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool = True) -> Deployed:
     """Create the deployments of a config, or bring those that are there up to date.
 
     All bear the config's name. A schedule starts runs of the whole loop; the stages alone are
     started by hand, with the config's settings as defaults. Flows are named by their modules, so
     that workers import what is installed where they run.
 
+    Args:
+        config: which.
+        pools: where to.
+        with_automations: have the server watch the runs, and start crashed ones again.
     Raises: NoServer; UnknownWorkPool, naming the command that makes it; ConfigError for a schedule
         that cannot be read, and for data that a worker would look for in its temporary folder.
     """
@@ -116,7 +120,24 @@ def deploy(config: SelfTrainingConfig, pools: Pools) -> Deployed:
                 "schedule": in_words(config.schedule) if is_run else "none",
             }
         )
-    return Deployed(api_url, tuple(deployed), tuple(made))
+    with get_client(sync_client=True) as client:
+        wanted_automations = _automations(config, deployed, made) if with_automations else []
+        installed = install(client, config.name, wanted_automations)
+    return Deployed(api_url, tuple(deployed), tuple(made), tuple(installed))
+
+
+def _automations(
+    config: SelfTrainingConfig, deployed: Sequence[dict[str, Any]], pools: Sequence[dict[str, Any]]
+) -> list[AutomationCore]:
+    ids = {one["name"].partition("/")[0]: UUID(one["id"]) for one in deployed}
+    return automations_of(
+        config.name,
+        config.restart,
+        deployments=list(ids.values()),
+        run=ids[self_training.name],
+        restarter=ids[restart_run.name],
+        starts_at_once=all(pool["type"] == PROCESS for pool in pools),
+    )
 
 
 def run_parameters(config: SelfTrainingConfig) -> dict[str, Any]:
@@ -146,6 +167,7 @@ def deployments_of(config: SelfTrainingConfig, pools: Pools) -> list[RunnerDeplo
         (select_pseudo_labels, pools.cpu, selects),
         (train_model, pools.name, trains),
         (evaluate_model, pools.name, settings),
+        (restart_run, pools.cpu, {"restart": dumped["restart"]}),
     ]
     return [
         _deployment(
@@ -171,11 +193,22 @@ def _deployment(
         name=config.name,
         work_pool_name=pool,
         parameters=dict(parameters),
-        job_variables={"env": _WORKER_ENVIRONMENT},
+        job_variables={"env": worker_environment(config.restart)},
         tags=["selftrain"],
         entrypoint_type=EntrypointType.MODULE_PATH,
         **options,
     )
+
+
+def worker_environment(restart: RestartConfig) -> dict[str, str]:
+    """Return what a worker puts into the environment of a run."""
+    return {
+        # A node without a server of its own must not start one unnoticed.
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        # A run outlives a restart of the server: 2 + 4 + ... + 256 s of retries.
+        "PREFECT_CLIENT_MAX_RETRIES": "8",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(restart.heartbeat_seconds),
+    }
 
 
 def _for_workers(config: SelfTrainingConfig) -> SelfTrainingConfig:

@@ -413,6 +413,9 @@ class RunDriver:
         }
         if specification.kind == "train":
             facts["part"] = specification.settings["role"]
+        if specification.kind == "label":
+            # Its shards are recorded under the labeler: a restart counts them there.
+            facts["labeler"] = specification.inputs["labeler"]
         # Before it is used, so that garbage collection sees what a run is about to need.
         append_event(self.run.store, self.run.name, "stage_referenced", **facts)
         started = time.monotonic()

@@ -40,7 +40,8 @@ MACHINE_SETTINGS = ("device", "cache", "loader_threads", "materialize", "launch"
 may have its own."""
 
 _OF_AN_ATTEMPT = ("name", *MACHINE_SETTINGS)
-OPERATING_SECTIONS = ("schedule",)
+
+OPERATING_SECTIONS = ("schedule", "restart")
 """Keys that say when and by whom runs are started. They are of the deployment and not of a run."""
 
 

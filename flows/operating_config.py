@@ -1,4 +1,4 @@
-"""When runs of a config start by themselves.
+"""When runs of a config start by themselves, and what happens to one whose machine is lost.
 
 Read by `selftrain deploy` and `selftrain serve` alone: no stage depends on it, and no run is pinned
 to it.
@@ -62,3 +62,34 @@ class ScheduleConfig(BaseModel):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set: a schedule has one rule")
         return self
+
+
+class RestartConfig(BaseModel):
+    """How a deployed run is started again after a crash, a pre-emption or a lost machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        le=100,
+        description="Restarts in a row that may bring no progress in the store before the run is"
+        " given up; 0: no restarts.",
+    )
+    delay_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="Wait before a restart; doubled for each in a row without progress.",
+    )
+    max_delay_seconds: float = Field(default=3600.0, ge=0, description="Longest such wait.")
+    lost_after_seconds: float = Field(
+        default=600.0,
+        ge=90,
+        description="Silence after which a run counts as crashed. It gives a sign of life four"
+        " times as often, every 30 s at most.",
+    )
+
+    @property
+    def heartbeat_seconds(self) -> int:
+        """Time between two signs of life: three may be lost. Prefect sends none below 30 s."""
+        return max(30, int(self.lost_after_seconds / 4))

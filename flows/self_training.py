@@ -1,6 +1,8 @@
 """Noisy Student: reading `self_training` is reading the method (Xie et al. 2020, algorithm 1)."""
 
 import os
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -19,10 +21,13 @@ from storage.store import open_store
 
 
 def run_name(config: SelfTrainingConfig) -> str:
+    """Return the name in the store of the run that the present flow run carries out."""
+    return resolved_name(config.name, flow_run.tags or [], flow_run.scheduled_start_time)
+
+
+def resolved_name(name: str, tags: Sequence[str], start: datetime) -> str:
     """Return the config's name, with the UTC start behind it where a schedule started the run."""
-    if "auto-scheduled" not in (flow_run.tags or []):
-        return config.name
-    return scheduled_name(config.name, flow_run.scheduled_start_time)
+    return scheduled_name(name, start) if "auto-scheduled" in tags else name
 
 
 def _flow_run_name() -> str:

@@ -20,5 +20,7 @@ def print_deployed(deployed: Deployed) -> None:
             soft_wrap=True,
             highlight=False,
         )
+    for automation in deployed.automations:
+        out.print(f"automation {automation['name']}", soft_wrap=True, highlight=False)
     run = deployed.deployments[0]["name"]
     out.print(f"a run now: prefect deployment run {run}", soft_wrap=True, highlight=False)

@@ -21,7 +21,7 @@ from flows.deploying import (
 )
 from flows.loading import ConfigError, load_config, parse_config
 from flows.opening import open_run, reopened_config
-from flows.operating_config import ScheduleConfig
+from flows.operating_config import RestartConfig, ScheduleConfig
 from flows.schedules import in_words, one_at_a_time, prefect_schedule
 from flows.serving import serve_on_schedule
 from storage.runs import RunExists, read_run_config
@@ -93,6 +93,8 @@ def test_without_a_rule_nothing_starts_by_itself() -> None:
         ("schedule.timezone=''", "no IANA time zone"),
         ("schedule.interval_seconds=0", "greater than 0"),
         ("schedule.overlap=skip", "'wait' or 'cancel'"),
+        ("restart.max_restarts=-1", "greater than or equal to 0"),
+        ("restart.lost_after_seconds=60", "greater than or equal to 90"),
     ],
 )
 def test_a_schedule_that_cannot_be_meant_is_refused(override: str, message: str) -> None:
@@ -127,6 +129,7 @@ def test_stages_have_the_pools_that_fit_them_and_the_settings_of_the_config() ->
         "select": "cpu",
         "train": "gpu",
         "evaluate": "gpu",
+        "restart": "cpu",
     }
     assert {one.name for one in stages.values()} == {"demo"}
     assert stages["label"].parameters["config"]["batch_size"] == 5
@@ -138,6 +141,15 @@ def test_stages_have_the_pools_that_fit_them_and_the_settings_of_the_config() ->
         "max_bad_samples": 3,
     }
     assert stages["label"].job_variables["env"]["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] == "false"
+
+
+def test_a_run_gives_a_sign_of_life_often_enough_to_lose_three_of_them() -> None:
+    def heartbeat(lost_after: int) -> str:
+        run = deployed(f"restart.lost_after_seconds={lost_after}")["self-training"]
+        return run.job_variables["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
+
+    assert heartbeat(600) == "150"
+    assert heartbeat(90) == "30", "Prefect sends none more often"
 
 
 def test_every_parameter_and_entrypoint_that_is_deployed_is_a_flows_own() -> None:
@@ -158,14 +170,14 @@ def test_a_store_that_only_workers_know_stays_open() -> None:
 
 
 def test_parameters_of_a_run_are_its_whole_config_without_what_starts_it() -> None:
-    config = demo("schedule.cron='0 2 * * *'")
+    config = demo("schedule.cron='0 2 * * *'", "restart.max_restarts=9")
 
     parameters = run_parameters(config)["config"]
 
-    assert "schedule" not in parameters
+    assert not {"schedule", "restart"} & parameters.keys()
     assert parameters["rounds"] == config.rounds
     assert parse_config(parameters, where="deployment") == config.model_copy(
-        update={"schedule": ScheduleConfig()}
+        update={"schedule": ScheduleConfig(), "restart": RestartConfig()}
     )
 
 
@@ -218,10 +230,10 @@ def test_a_run_is_pinned_to_no_schedule(
     store = open_store(str(tmp_path / "store"))
     open_run(store, tiny_config(store.url))
 
-    again = tiny_config(store.url, "schedule.cron='0 2 * * *'")
+    again = tiny_config(store.url, "schedule.cron='0 2 * * *'", "restart.max_restarts=1")
 
     assert open_run(store, again).name == "tiny"
-    assert "schedule" not in read_run_config(store, "tiny")["config"]
+    assert not {"schedule", "restart"} & read_run_config(store, "tiny")["config"].keys()
     with pytest.raises(ConfigError, match="a run keeps its config"):
         reopened_config(store, "tiny", ["schedule.cron=null"])
     with pytest.raises(RunExists, match="seed"):

@@ -86,7 +86,7 @@ def test_deployed_config_runs_on_its_schedule_in_a_worker_under_a_name_of_its_ow
     deployed = _deploy(*schedule, pool="minutes")
     assert deployed["work_pools"] == [{"name": "minutes", "type": "process", "created": True}]
     names = [one["name"] for one in deployed["deployments"]]
-    flows = ["self-training", "label", "select", "train", "evaluate"]
+    flows = ["self-training", "label", "select", "train", "evaluate", "restart"]
     assert names == [f"{flow}/minutely" for flow in flows]
     with _client(prefect_api) as api:
         for one in deployed["deployments"]:
