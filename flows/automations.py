@@ -13,7 +13,9 @@ from prefect.events.schemas.events import ResourceSpecification
 
 from flows.operating_config import RestartConfig
 
-_FLOW_RUN = "prefect.flow-run"
+FLOW_RUN = "prefect.flow-run"
+
+LOST, RESTART = "lost", "restart"
 
 
 def automations_of(
@@ -42,35 +44,39 @@ def automations_of(
     return found
 
 
-def names_of(name: str) -> list[str]:
-    """Return the names of all automations that a config may have."""
-    return [f"selftrain {name}: {what}" for what in ("lost", "restart")]
+def automation_name(name: str, kind: str) -> str:
+    """Return how the automation of this kind of one config is called."""
+    return f"selftrain {name}: {kind}"
 
 
-def install(client: SyncPrefectClient, name: str, wanted: Sequence[AutomationCore]) -> list[Any]:
+def install(
+    client: SyncPrefectClient, name: str, kinds: Sequence[str], wanted: Sequence[AutomationCore]
+) -> list[dict[str, str]]:
     """Create the automations of a config, or bring those that are there up to date.
 
     Args:
         client: of the server.
         name: of the config.
-        wanted: all that it is to have; others of its are deleted.
+        kinds: of all automations that a config may have.
+        wanted: those that this one is to have; others of its are deleted.
     Returns: a list of `name`, `id`.
     """
     by_name = {one.name: one for one in wanted}
-    assert by_name.keys() <= set(names_of(name)), "else it would never be deleted"
+    names = [automation_name(name, kind) for kind in kinds]
+    assert by_name.keys() <= set(names), "else it would never be deleted"
     installed: list[dict[str, str]] = []
-    for one in names_of(name):
-        first, *others = [*client.read_automations_by_name(one), None]
-        for other in (first, *others):
-            if other is not None and (other is not first or one not in by_name):
-                client.delete_automation(other.id)
+    for one in names:
+        there = [automation.id for automation in client.read_automations_by_name(one)]
+        # Two of one name come of two deployments at the same time.
+        for superfluous in there[1:] if one in by_name else there:
+            client.delete_automation(superfluous)
         if one not in by_name:
             continue
-        if first is None:
-            automation_id = client.create_automation(by_name[one])
-        else:
-            automation_id = first.id
+        if there:
+            automation_id = there[0]
             client.update_automation(automation_id, by_name[one])
+        else:
+            automation_id = client.create_automation(by_name[one])
         installed.append({"name": one, "id": str(automation_id)})
     return installed
 
@@ -84,60 +90,60 @@ def _crash_the_silent(
     of their own, such as `Reused`. Only a sign that promises another one begins the wait, so a flow
     run that has ended or waits for somebody is left alone.
     """
-    begins = {f"{_FLOW_RUN}.heartbeat", f"{_FLOW_RUN}.Running"}
+    begins = {f"{FLOW_RUN}.heartbeat", f"{FLOW_RUN}.Running"}
     if starts_at_once:
-        begins.add(f"{_FLOW_RUN}.Pending")
+        begins.add(f"{FLOW_RUN}.Pending")
     seconds = restart.lost_after_seconds
+    crash = ChangeFlowRunState(
+        name=None,
+        state=StateType.CRASHED,
+        message=f"no sign of life for {seconds:g} s: its process or machine is lost",
+        force=False,  # the server refuses it where the flow run has ended meanwhile
+    )
     return AutomationCore(
-        name=f"selftrain {name}: lost",
+        name=automation_name(name, LOST),
         description=f"A flow run of {name} that gives no sign of life for {seconds:g} s has lost"
         " its process or its machine.",
         trigger=EventTrigger(
             after=begins,
-            expect={f"{_FLOW_RUN}.*"},
-            match=_specification({"prefect.resource.id": f"{_FLOW_RUN}.*"}),
-            match_related=_of_deployments(deployments),
+            expect={f"{FLOW_RUN}.*"},
+            match=specification({"prefect.resource.id": f"{FLOW_RUN}.*"}),
+            match_related=of_deployments(deployments),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(seconds=seconds),
         ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"no sign of life for {seconds:g} s: its process or machine is lost",
-            )
-        ],
+        actions=[crash],
     )
 
 
 def _restart_the_crashed(name: str, deployments: Sequence[UUID], restarter: UUID) -> AutomationCore:
+    see_to_it = RunDeployment(
+        source="selected",
+        deployment_id=restarter,
+        parameters={"flow_run_id": {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"}},
+        job_variables=None,
+    )
     return AutomationCore(
-        name=f"selftrain {name}: restart",
+        name=automation_name(name, RESTART),
         description=f"A crashed flow run of {name} is looked at, and started again.",
         trigger=EventTrigger(
-            expect={f"{_FLOW_RUN}.Crashed"},
-            match=_specification({"prefect.resource.id": f"{_FLOW_RUN}.*"}),
-            match_related=_of_deployments(deployments),
+            expect={f"{FLOW_RUN}.Crashed"},
+            match=specification({"prefect.resource.id": f"{FLOW_RUN}.*"}),
+            match_related=of_deployments(deployments),
             for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,
             within=timedelta(0),
         ),
-        actions=[
-            RunDeployment(
-                source="selected",
-                deployment_id=restarter,
-                parameters={
-                    "flow_run_id": {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"}
-                },
-            )
-        ],
+        actions=[see_to_it],
     )
 
 
-def _of_deployments(deployments: Sequence[UUID]) -> ResourceSpecification:
-    return _specification(
+def of_deployments(deployments: Sequence[UUID]) -> ResourceSpecification:
+    """Return what matches events of flow runs of these deployments."""
+    return specification(
         {
             "prefect.resource.role": "deployment",
             "prefect.resource.id": [f"prefect.deployment.{one}" for one in deployments],
@@ -145,5 +151,6 @@ def _of_deployments(deployments: Sequence[UUID]) -> ResourceSpecification:
     )
 
 
-def _specification(labels: dict[str, Any]) -> ResourceSpecification:
+def specification(labels: dict[str, Any]) -> ResourceSpecification:
+    """Return what matches resources with these labels."""
     return ResourceSpecification.model_validate(labels)

@@ -33,9 +33,17 @@ def deploy(
         bool,
         typer.Option(
             "--with-automations/--no-automations",
-            help="Have the server notice lost machines and start crashed runs again.",
+            help="Have the server notice lost machines, start crashed runs again, alert people.",
         ),
     ] = True,
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCK",
+            help="Prefect block for alerts, as <type>/<name>: slack-webhook/ops; default: the"
+            " config's `alert.notify`, else alerts are shown in the UI alone.",
+        ),
+    ] = None,
     store: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +69,8 @@ def deploy(
     from flows.loading import load_config
     from flows.terminal_deploy import print_deployed
 
-    loaded = load_config(config, overrides=sets or [], name=name)
+    sets = [*(sets or []), *([] if notify is None else [f"alert.notify={notify}"])]
+    loaded = load_config(config, overrides=sets, name=name)
     if store is not None:
         loaded = loaded.model_copy(update={"store": store})
     pools = Pools(pool, cpu_pool or pool, pool_type)

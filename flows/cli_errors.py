@@ -17,7 +17,8 @@ FAILED, WRONG_USAGE, STOPPED = 1, 2, 3
 # By name: the classes live in modules that are too heavy to import for `--help`.
 _WRONG_USAGE = {
     *("ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"),
-    *("UnknownSample", "OutputMismatch", "UnknownWorkPool", "NotWaiting", "AlreadyDecided"),
+    *("UnknownSample", "OutputMismatch", "UnknownWorkPool", "UnknownBlock"),
+    *("NotWaiting", "AlreadyDecided"),
 }
 _STOPPED = {
     "StoppedOnRequest",

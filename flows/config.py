@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
-from flows.operating_config import RestartConfig, ScheduleConfig
+from flows.operating_config import AlertConfig, RestartConfig, ScheduleConfig
 from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
     StudentConfig,
@@ -184,6 +184,10 @@ class SelfTrainingConfig(_Config):
     restart: RestartConfig = Field(
         default=RestartConfig(),
         description="What `selftrain deploy` has happen to a run that crashed.",
+    )
+    alert: AlertConfig = Field(
+        default=AlertConfig(),
+        description="What `selftrain deploy` has the server alert people of, and how.",
     )
 
     model_config = ConfigDict(

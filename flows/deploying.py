@@ -9,12 +9,14 @@ from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
+from prefect.events.actions import ActionTypes
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.types.entrypoint import EntrypointType
 
-from flows.automations import automations_of, install
+from flows.alert_automations import ALERTS, STALLED, action_of, alerts_of
+from flows.automations import LOST, RESTART, automations_of, install
 from flows.config import SelfTrainingConfig, ShardsData
 from flows.evaluation import evaluate_model
 from flows.labeling import label_corpus
@@ -93,9 +95,10 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
     Args:
         config: which.
         pools: where to.
-        with_automations: have the server watch the runs, and start crashed ones again.
-    Raises: NoServer; UnknownWorkPool, naming the command that makes it; ConfigError for a schedule
-        that cannot be read, and for data that a worker would look for in its temporary folder.
+        with_automations: have the server watch the runs, start crashed ones again, alert people.
+    Raises: NoServer; UnknownWorkPool, naming the command that makes it; UnknownBlock for alerts
+        through a block that is not there; ConfigError for a schedule that cannot be read, and for
+        data that a worker would look for in its temporary folder.
     """
     api_url = PREFECT_API_URL.value()
     if not api_url:
@@ -106,6 +109,8 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
     config = _for_workers(config)
     wanted = deployments_of(config, pools)
     with get_client(sync_client=True) as client:
+        # What may be refused comes before what is made.
+        action = action_of(client, config.alert.notify) if with_automations else None
         made = [_ensure_pool(client, name, pools.type) for name in _distinct(wanted)]
     deployed: list[dict[str, Any]] = []
     for one in wanted:
@@ -120,24 +125,29 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
                 "schedule": in_words(config.schedule) if is_run else "none",
             }
         )
+    automations = [] if action is None else _automations(config, action, deployed, made)
     with get_client(sync_client=True) as client:
-        wanted_automations = _automations(config, deployed, made) if with_automations else []
-        installed = install(client, config.name, wanted_automations)
+        installed = install(client, config.name, [LOST, RESTART, *ALERTS, STALLED], automations)
     return Deployed(api_url, tuple(deployed), tuple(made), tuple(installed))
 
 
 def _automations(
-    config: SelfTrainingConfig, deployed: Sequence[dict[str, Any]], pools: Sequence[dict[str, Any]]
+    config: SelfTrainingConfig,
+    action: ActionTypes,
+    deployed: Sequence[dict[str, Any]],
+    pools: Sequence[dict[str, Any]],
 ) -> list[AutomationCore]:
     ids = {one["name"].partition("/")[0]: UUID(one["id"]) for one in deployed}
-    return automations_of(
+    run, restarter = ids[self_training.name], ids[restart_run.name]
+    recovery = automations_of(
         config.name,
         config.restart,
         deployments=list(ids.values()),
-        run=ids[self_training.name],
-        restarter=ids[restart_run.name],
+        run=run,
+        restarter=restarter,
         starts_at_once=all(pool["type"] == PROCESS for pool in pools),
     )
+    return [*recovery, *alerts_of(config.name, config.alert, action, [run, restarter])]
 
 
 def run_parameters(config: SelfTrainingConfig) -> dict[str, Any]:

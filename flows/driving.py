@@ -24,8 +24,10 @@ from flows.guarding import guard_corpus
 from flows.labeling import LabelingOrder
 from flows.mending import reading_predictions
 from flows.opening import OpenRun, refuse_without_room, trainings_of
+from flows.run_events import DONE, FAILED, STARTED, STOPPED
 from flows.run_status import RunStatus, read_status, write_status_view
 from flows.selection import select_pseudo_labels
+from flows.watching import Watcher
 from models.architectures import architecture_name
 from storage.manifest import Manifest
 from storage.runs import append_event
@@ -35,6 +37,7 @@ from tasks.devices import emulates_bf16
 from tasks.evaluation import read_report
 from tasks.labeling_config import LabelingConfig
 from tasks.loading import LoadingConfig
+from tasks.progress import listening
 from tasks.report import write_report
 from tasks.specifications import Specification
 from tasks.training import TrainingStopped
@@ -55,16 +58,23 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
         "run_started",
         conditional_writes=conditional_create_works(run.store),
     )
+    watcher = Watcher(run)
+    watcher.tell(STARTED)
     try:
-        yield RunDriver(run)
-    except WaitingForApproval:
+        with listening(watcher.on_progress):
+            yield RunDriver(run, watcher)
+        watcher.tell(DONE)
+    except WaitingForApproval as error:
+        watcher.tell(STOPPED, error=type(error).__name__)
         raise  # recorded with its question
     except (KeyboardInterrupt, SystemExit, TerminationSignal, TrainingStopped) as error:
         append_event(run.store, run.name, "run_stopped", error=type(error).__name__)
+        watcher.tell(STOPPED, error=type(error).__name__)
         raise
     except Exception as error:
         message = str(error).split("\n")[0][:1000]
         append_event(run.store, run.name, "run_failed", error=type(error).__name__, message=message)
+        watcher.tell(FAILED, error=type(error).__name__, message=message)
         raise
 
 
@@ -97,6 +107,7 @@ class RunDriver:
     """One run in progress; its methods are the sentences of the method in self_training.py."""
 
     run: OpenRun
+    watcher: Watcher
     graph: RunGraph = field(init=False)
     _is_guarded: bool = field(init=False, default=False)
     _note: str = field(init=False, default="")
@@ -448,6 +459,7 @@ class RunDriver:
             is_reused=is_reused,
             seconds=round(time.monotonic() - started, 3),
         )
+        self.watcher.on_stage(specification.kind, round_index, manifest, is_reused=is_reused)
         return manifest
 
     def _artifact(self, round_index: int, role: str) -> str:

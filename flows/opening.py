@@ -41,7 +41,7 @@ may have its own."""
 
 _OF_AN_ATTEMPT = ("name", *MACHINE_SETTINGS)
 
-OPERATING_SECTIONS = ("schedule", "restart")
+OPERATING_SECTIONS = ("schedule", "restart", "alert")
 """Keys that say when and by whom runs are started. They are of the deployment and not of a run."""
 
 

@@ -1,4 +1,4 @@
-"""When runs of a config start by themselves, and what happens to one whose machine is lost.
+"""When runs of a config start by themselves, and what happens when they crash or stand still.
 
 Read by `selftrain deploy` and `selftrain serve` alone: no stage depends on it, and no run is pinned
 to it.
@@ -93,3 +93,22 @@ class RestartConfig(BaseModel):
     def heartbeat_seconds(self) -> int:
         """Time between two signs of life: three may be lost. Prefect sends none below 30 s."""
         return max(30, int(self.lost_after_seconds / 4))
+
+
+class AlertConfig(BaseModel):
+    """What `selftrain deploy` has the Prefect server alert people of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stalled_after_seconds: float = Field(
+        default=3600.0,
+        ge=600,
+        description="Time without any progress of a run that lives, after which it counts as"
+        " stalled. Runs tell of their progress every 5 minutes.",
+    )
+    notify: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
+        description="Prefect block that alerts are sent through, as <type>/<name>:"
+        " slack-webhook/ops, email/ops, webhook/pager; null: alerts are shown in the UI alone.",
+    )

@@ -4,7 +4,15 @@ from typing import Any
 
 from prefect.events import emit_event
 
-GIVEN_UP = "selftrain.run.given-up"
+RUN = "selftrain.run"
+STARTED = f"{RUN}.started"
+PROGRESS = f"{RUN}.progress"
+DONE = f"{RUN}.done"
+STOPPED = f"{RUN}.stopped"
+FAILED = f"{RUN}.failed"
+GIVEN_UP = f"{RUN}.given-up"
+WORSE = "selftrain.round.worse"
+COLLAPSE = "selftrain.round.collapse"
 
 Related = list[dict[str, str]]
 
@@ -23,7 +31,7 @@ def emit_run_event(
     """
     emit_event(
         event=event,
-        resource={"prefect.resource.id": f"selftrain.run.{run}", "prefect.resource.name": run},
+        resource={"prefect.resource.id": f"{RUN}.{run}", "prefect.resource.name": run},
         related=related,
         payload={"run": run, "store": store, **payload},
     )

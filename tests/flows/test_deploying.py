@@ -174,7 +174,7 @@ def test_parameters_of_a_run_are_its_whole_config_without_what_starts_it() -> No
 
     parameters = run_parameters(config)["config"]
 
-    assert not {"schedule", "restart"} & parameters.keys()
+    assert not {"schedule", "restart", "alert"} & parameters.keys()
     assert parameters["rounds"] == config.rounds
     assert parse_config(parameters, where="deployment") == config.model_copy(
         update={"schedule": ScheduleConfig(), "restart": RestartConfig()}
@@ -233,7 +233,7 @@ def test_a_run_is_pinned_to_no_schedule(
     again = tiny_config(store.url, "schedule.cron='0 2 * * *'", "restart.max_restarts=1")
 
     assert open_run(store, again).name == "tiny"
-    assert not {"schedule", "restart"} & read_run_config(store, "tiny")["config"].keys()
+    assert not {"schedule", "restart", "alert"} & read_run_config(store, "tiny")["config"].keys()
     with pytest.raises(ConfigError, match="a run keeps its config"):
         reopened_config(store, "tiny", ["schedule.cron=null"])
     with pytest.raises(RunExists, match="seed"):

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -25,11 +26,13 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import Event
 from prefect.logging import disable_run_logger
 from prefect.states import Crashed, Running, Scheduled
+from pydantic import SecretStr
 
 import flows.restarting
+from flows.alert_automations import UnknownBlock
 from flows.deploying import Deployed, Pools, deploy
 from flows.loading import load_config
-from flows.operating_config import RestartConfig
+from flows.operating_config import AlertConfig, RestartConfig
 from flows.restarting import restart_run
 from flows.run_status import read_status
 from storage.runs import append_event, read_events
@@ -128,15 +131,16 @@ def test_a_run_without_progress_is_given_up_with_an_event(
     client: SyncPrefectClient, deployment: UUID, tmp_path: Path, emitted: list[Event]
 ) -> None:
     outcomes: list[str] = []
+    name = ""
     for _ in range(3):
         crashed = crashed_run(client, deployment)
+        name = crashed.parameters["config"]["name"]
         outcomes.append(str(restart(crashed.id).name))
         for run in runs_of(client, deployment):
             if run.state is not None and run.state.is_scheduled():
                 client.delete_flow_run(run.id)  # as if it had been the one that crashed
 
     assert outcomes == ["Restarted", "Restarted", "GivenUp"]
-    name = crashed.parameters["config"]["name"]
     store = str(tmp_path / "store")
     events = read_events(open_store(store), name)
     assert [event["type"] for event in events] == ["run_restarted", "run_restarted", "run_given_up"]
@@ -185,6 +189,25 @@ def test_a_flow_run_that_somebody_retries_is_left_alone(
     assert restart(retried.id).name == "Skipped"
 
 
+def test_a_restart_that_was_lost_before_its_record_is_recorded_and_not_repeated(
+    client: SyncPrefectClient, deployment: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashed = crashed_run(client, deployment)
+
+    def lost(*where: Any, **facts: Any) -> None:
+        raise ConnectionError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.restarting, "append_event", lost)
+        with pytest.raises(ConnectionError):
+            restart(crashed.id)
+    assert restart(crashed.id).name == "Restarted"
+
+    (new,) = [run for run in runs_of(client, deployment) if run.id != crashed.id]
+    (event,) = read_events(open_store(str(tmp_path / "store")), new.name)
+    assert (event["number"], event["flow_run"]) == (1, str(new.id))
+
+
 def test_a_restart_that_was_lost_itself_is_made_up_for(
     client: SyncPrefectClient, deployed: Deployed, tmp_path: Path
 ) -> None:
@@ -222,20 +245,48 @@ def test_automations_are_brought_up_to_date_and_taken_away(client: SyncPrefectCl
 
     first, again = names(), names("restart.lost_after_seconds=120")
     assert first == again
-    assert list(first) == ["selftrain automated: lost", "selftrain automated: restart"]
+    kinds = ["failed", "given up", "worse", "collapse", "stalled"]
+    assert list(first) == [f"selftrain automated: {kind}" for kind in ("lost", "restart", *kinds)]
     lost = client.read_automation(first["selftrain automated: lost"])
     assert lost is not None
     assert lost.trigger.model_dump()["within"].total_seconds() == 120
-    assert list(names("restart.max_restarts=0")) == ["selftrain automated: lost"]
+    assert "selftrain automated: restart" not in names("restart.max_restarts=0")
     assert names(with_automations=False) == {}
     assert client.read_automations_by_name("selftrain automated: lost") == []
+
+
+def test_alerts_go_through_the_block_that_is_named(client: SyncPrefectClient) -> None:
+    pools = Pools("unattended", "unattended")
+    config = load_config("supervised", name="alerted", overrides=["store=/s"])
+    named = config.model_copy(update={"alert": AlertConfig(notify="webhook/pager")})
+    with pytest.raises(UnknownBlock, match="prefect block ls"):
+        deploy(named, pools)
+    Webhook(url=SecretStr("http://127.0.0.1:9/hook")).save("pager")
+
+    deployed = deploy(named, pools)
+
+    ids = {one["name"].rpartition(": ")[2]: one["id"] for one in deployed.automations}
+    actions: dict[str, list[str]] = {}
+    for kind, automation_id in ids.items():
+        automation = client.read_automation(automation_id)
+        assert automation is not None
+        actions[kind] = [action.type for action in automation.actions]
+    assert actions["lost"] == ["change-flow-run-state"]
+    assert actions["restart"] == ["run-deployment"]
+    alerts = {"failed", "given up", "worse", "collapse", "stalled"}
+    assert {kind for kind, types in actions.items() if types == ["call-webhook"]} == alerts
+    # Without a block an alert is on record in the UI and goes nowhere.
+    (quiet,) = [a for a in deploy(config, pools).automations if a["name"].endswith("worse")]
+    automation = client.read_automation(quiet["id"])
+    assert automation is not None
+    assert [action.type for action in automation.actions] == ["do-nothing"]
 
 
 # Real kills: a worker in a process of its own, a training that is killed after a checkpoint.
 
 KILLED = [
     *["data.dev=40", "data.test=40", "teacher.batch_size=50", "device=cpu"],
-    *["teacher.duration.steps=1500", "teacher.checkpoint_every_steps=50"],
+    *["teacher.duration.steps=300", "teacher.checkpoint_every_steps=20"],
     *["restart.lost_after_seconds=90", "restart.delay_seconds=1"],
 ]
 
@@ -311,6 +362,9 @@ def _worker(pool: str, folder: Path) -> "Iterator[subprocess.Popen[bytes]]":
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            # As a service manager does: a worker turns SIGTERM into SIGINT, which whatever runs
+            # in the background of a script ignores.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield process
@@ -357,7 +411,7 @@ def _assert_ended_well(client: SyncPrefectClient, store: Path, flow_run: UUID, n
     assert restarted["number"] == 1
     assert restarted["flow_run"] == str(second.id)
     (provenance,) = store.glob("models/*/provenance.json")
-    assert json.loads(provenance.read_bytes())["resumed_at_step"] >= 50
+    assert json.loads(provenance.read_bytes())["resumed_at_step"] >= 20
 
 
 def _named(client: SyncPrefectClient, name: str) -> list[FlowRun]:
