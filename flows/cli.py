@@ -106,17 +106,20 @@ def plan(
     from flows.loading import load_config
     from flows.plan_totals import plan_to_json
     from flows.planning import plan_run
-    from flows.terminal import print_plan, showing_progress
+    from flows.sizing import warnings_of
+    from flows.terminal import print_plan, print_warnings, showing_progress
     from storage.store import open_store
 
     loaded = load_config(config, overrides=sets or [], name=name)
     opened = open_store(store_url(store, loaded.store))
     with showing_progress():
         stages = plan_run(opened, loaded)
+    warnings = warnings_of(stages, loaded)
     if as_json:
-        print_json(plan_to_json(stages))
+        print_json(plan_to_json(stages, warnings))
     else:
         print_plan(stages)
+        print_warnings(warnings)
 
 
 @app.command()

@@ -29,6 +29,14 @@ def deploy(
             " the command is named."
         ),
     ] = "process",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="GPUs of all workers together: makes the concurrency limit `gpu`, by which runs"
+            " that share machines take turns when they label; default: it stays as it is.",
+        ),
+    ] = None,
     with_automations: Annotated[
         bool,
         typer.Option(
@@ -73,7 +81,7 @@ def deploy(
     loaded = load_config(config, overrides=sets, name=name)
     if store is not None:
         loaded = loaded.model_copy(update={"store": store})
-    pools = Pools(pool, cpu_pool or pool, pool_type)
+    pools = Pools(pool, cpu_pool or pool, pool_type, gpus)
     deployed = deploy_to(loaded, pools, with_automations=with_automations)
     if as_json:
         print_json(deployed.to_json())

@@ -30,6 +30,7 @@ from flows.self_training import self_training
 from flows.training import train_model
 from storage.patterns import below_root
 from storage.store import open_store
+from tasks.policies import GPU_LIMIT
 
 DEPLOY_SCHEMA = 1
 PROCESS = "process"
@@ -51,11 +52,14 @@ class Pools:
         name: of the work pool of whole runs, labelling, training and evaluation.
         cpu: of the work pool of what needs no accelerator: selection, and starting runs again.
         type: what both are expected to be; only a `process` pool is made where there is none.
+        gpus: of all machines together, for the concurrency limit that labellings take turns by;
+            None: it stays as it is.
     """
 
     name: str
     cpu: str
     type: str = PROCESS
+    gpus: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,14 @@ class Deployed:
         deployments: `name` (flow/deployment), `id`, `work_pool`, `entrypoint`, `schedule` in words.
         work_pools: `name`, `type`, `created`.
         automations: `name`, `id`.
+        limits: concurrency limits, `name` and `limit`.
     """
 
     api_url: str
     deployments: tuple[dict[str, Any], ...]
     work_pools: tuple[dict[str, Any], ...]
     automations: tuple[dict[str, Any], ...]
+    limits: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the documented form, schema 1."""
@@ -82,6 +88,7 @@ class Deployed:
             "deployments": list(self.deployments),
             "work_pools": list(self.work_pools),
             "automations": list(self.automations),
+            "limits": list(self.limits),
         }
 
 
@@ -128,7 +135,11 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
     automations = [] if action is None else _automations(config, action, deployed, made)
     with get_client(sync_client=True) as client:
         installed = install(client, config.name, [LOST, RESTART, *ALERTS, STALLED], automations)
-    return Deployed(api_url, tuple(deployed), tuple(made), tuple(installed))
+        limits: list[dict[str, Any]] = []
+        if pools.gpus is not None:
+            client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, pools.gpus)
+            limits.append({"name": GPU_LIMIT, "limit": pools.gpus})
+    return Deployed(api_url, tuple(deployed), tuple(made), tuple(installed), tuple(limits))
 
 
 def _automations(
@@ -199,7 +210,8 @@ def _deployment(
     parameters: Mapping[str, Any],
     **options: Any,
 ) -> RunnerDeployment:
-    return flow.to_deployment(
+    return RunnerDeployment.from_flow(
+        flow,
         name=config.name,
         work_pool_name=pool,
         parameters=dict(parameters),

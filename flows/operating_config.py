@@ -110,5 +110,6 @@ class AlertConfig(BaseModel):
         default=None,
         pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
         description="Prefect block that alerts are sent through, as <type>/<name>:"
-        " slack-webhook/ops, email/ops, webhook/pager; null: alerts are shown in the UI alone.",
+        " slack-webhook/ops, sendgrid-email/ops, webhook/pager; null: alerts are shown in the UI"
+        " alone.",
     )

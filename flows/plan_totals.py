@@ -48,10 +48,11 @@ def totals_of(stages: Sequence[PlannedStage]) -> PlanTotals:
     )
 
 
-def plan_to_json(stages: Sequence[PlannedStage]) -> dict[str, Any]:
+def plan_to_json(stages: Sequence[PlannedStage], warnings: Sequence[str] = ()) -> dict[str, Any]:
     """Return the documented form, schema 1."""
     return {
         "schema": PLAN_SCHEMA,
         "stages": [asdict(stage) for stage in stages],
         "totals": asdict(totals_of(stages)),
+        "warnings": list(warnings),
     }

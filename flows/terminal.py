@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,6 +155,12 @@ def print_plan(stages: list[PlannedStage]) -> None:
             " store",
             highlight=False,
         )
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Print what should be known before a run is started."""
+    for warning in warnings:
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
 def print_runs(store: str, runs: list[RunStatus]) -> None:

@@ -22,5 +22,7 @@ def print_deployed(deployed: Deployed) -> None:
         )
     for automation in deployed.automations:
         out.print(f"automation {automation['name']}", soft_wrap=True, highlight=False)
+    for limit in deployed.limits:
+        out.print(f"concurrency limit {limit['name']}: {limit['limit']}", highlight=False)
     run = deployed.deployments[0]["name"]
     out.print(f"a run now: prefect deployment run {run}", soft_wrap=True, highlight=False)

@@ -138,6 +138,18 @@ def test_deployed_config_runs_on_its_schedule_in_a_worker_under_a_name_of_its_ow
     assert {stage["state"] for one in rounds for stage in one.stages} == {"reused"}
 
 
+def test_gpus_of_a_pool_are_a_limit_that_is_kept_up_to_date(prefect_api: str) -> None:
+    with _client(prefect_api) as api:
+        for gpus in (2, 8):
+            done = _selftrain("deploy", "demo", "--name=gpus", "--pool=p", f"--gpus={gpus}")
+            assert done.returncode == 0, done.stderr
+            assert f"concurrency limit gpu: {gpus}" in done.stdout
+            limit = api.get("/v2/concurrency_limits/gpu").raise_for_status().json()
+            assert (limit["limit"], limit["active"]) == (gpus, True)
+        # Nobody else's tests are to wait for these slots.
+        api.delete("/v2/concurrency_limits/gpu").raise_for_status()
+
+
 def test_a_pool_of_a_cluster_is_not_made_but_its_command_is_named(prefect_api: str) -> None:
     done = _selftrain("deploy", "demo", "--pool", "gpus", "--pool-type", "kubernetes")
 
