@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from flows.loading import load_config
-from flows.planning import PlannedStage, plan_to_json
+from flows.plan_totals import plan_to_json
+from flows.planning import PlannedStage
 from flows.sizing import warnings_of
 
 
