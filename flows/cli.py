@@ -10,6 +10,7 @@ from flows.cli_approval import approve
 from flows.cli_data import data_app
 from flows.cli_deploy import deploy, serve
 from flows.cli_errors import reporting_errors
+from flows.cli_init import init
 from flows.cli_options import Config, Json, Name, Run, Sets, Store, print_json, store_url
 from flows.cli_pseudo_labels import explain, label, select
 
@@ -25,6 +26,8 @@ app = typer.Typer(
 
 `selftrain run demo --store ./selftrain-store` — handwritten digits, minutes on two cores
 
+`selftrain init photos/` — look at your images and write a config that explains itself
+
 `selftrain data shard photos/ shards/ --labels-per-class 100 --dev 500` — make shards of a folder
 
 `selftrain run my.yaml --store s3://bucket/selftrain --set student.noise.randaugment.magnitude=9`
@@ -35,6 +38,7 @@ app = typer.Typer(
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped on request and resumable.""",
 )
+app.command()(init)
 app.add_typer(data_app, name="data")
 app.command()(label)
 app.command()(select)

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from flows.first_choices import time_in_words
+from flows.initializing import Initialized
 from flows.plan_totals import totals_of
 from flows.planning import PlannedStage
 from flows.run_status import RunStatus, percent, table_rows
@@ -106,6 +108,36 @@ def print_status(status: RunStatus) -> None:
     # Not wrapped: paths are there to be copied.
     out.print(f"report: {status.report_url}", soft_wrap=True, highlight=False, markup=False)
     out.print(f"model:  {status.model_url}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_first_look(made: Initialized) -> None:
+    """Print what `init` saw, what it warns of, and how to go on."""
+    look = made.look
+    table = titled_table(f"{made.path}: run {made.name} in {made.store.url}")
+    for name in ["split", "images", "shards", "bytes", "pattern"]:
+        table.add_column(name, justify="left" if name in ("split", "pattern") else "right")
+    for split, corpus in look.corpora.items():
+        counts = f"{corpus.num_samples:,}", f"{len(corpus.shards):,}", _bytes(corpus.num_bytes)
+        table.add_row(split, *counts, look.patterns[split])
+    out.print(table)
+    labels, sizes = look.label_counts.values(), look.sizes
+    for line in (
+        f"{len(labels)} classes, {min(labels):,} to {max(labels):,} labels each; shorter sides of"
+        f" {sizes.looked_at} images: {sizes.smallest} to {sizes.largest}, median {sizes.median}",
+        f"network: {made.config.choices['teacher.architecture'][0]} at"
+        f" {made.config.choices['teacher.image_size'][0]} pixels; {made.rates.training:,.0f}"
+        f" images/s here; all {len(made.stages)} stages about"
+        f" {time_in_words(made.config.estimated_seconds['all'])} of arithmetic",
+    ):
+        out.print(line, highlight=False, markup=False)
+    for warning in look.warnings:
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    out.print(
+        f"Read {made.path}, then: selftrain plan {made.path}; selftrain run {made.path}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 def print_plan(stages: list[PlannedStage]) -> None:

@@ -79,10 +79,42 @@ def shard_dataset(
     Raises: ValueError if a class, or the whole, has too few images, for labels that are not in
         class_names, and if the URL holds other shards. BadImage for what cannot be decoded.
     """
+    if shard_size < 1:
+        raise ValueError("shard_size must be at least 1")
+    names, splits = draw_splits(
+        images,
+        labels_per_class=labels_per_class,
+        labels=labels,
+        dev=dev,
+        test=test,
+        test_images=test_images,
+        seed=seed,
+        balanced=balanced,
+        class_names=class_names,
+    )
+    return _write(splits, out_url.rstrip("/"), names, shard_size, keep_truth, progress)
+
+
+def draw_splits(
+    images: Sequence[SourceImage],
+    *,
+    labels_per_class: int | None = None,
+    labels: int | None = None,
+    dev: int,
+    test: int | None = None,
+    test_images: Sequence[SourceImage] | None = None,
+    seed: int = 0,
+    balanced: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> tuple[tuple[str, ...], dict[str, list[SourceImage]]]:
+    """Return the class names, and the images of every split, without reading or writing any.
+
+    Arguments and errors are those of `shard_dataset`.
+    """
     if (labels_per_class is None) == (labels is None):
         raise ValueError("give either labels_per_class or labels, not both")
-    if shard_size < 1 or min(labels_per_class or 0, labels or 0, dev, test or 0) < 0:
-        raise ValueError("shard_size must be at least 1, and the sizes of splits at least 0")
+    if min(labels_per_class or 0, labels or 0, dev, test or 0) < 0:
+        raise ValueError("the sizes of splits must be at least 0")
     names = _class_names([*images, *(test_images or [])], class_names)
     pool = _Pool(images, names, seed)
     per_class = dict.fromkeys(names, labels_per_class or 0)
@@ -104,7 +136,7 @@ def shard_dataset(
         size = separate.num_labeled if test is None else test
         splits["test"] = separate.take(size, "test samples")
     splits["unlabeled"] = pool.rest()
-    return _write(splits, out_url.rstrip("/"), names, shard_size, keep_truth, progress)
+    return names, splits
 
 
 class _Pool:
