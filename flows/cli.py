@@ -10,6 +10,7 @@ from flows.cli_approval import approve
 from flows.cli_data import data_app
 from flows.cli_deploy import deploy, serve
 from flows.cli_errors import reporting_errors
+from flows.cli_gc import gc
 from flows.cli_init import init
 from flows.cli_options import Config, Json, Name, Run, Sets, Store, print_json, store_url
 from flows.cli_pseudo_labels import explain, label, select
@@ -46,6 +47,7 @@ app.command()(explain)
 app.command()(approve)
 app.command()(deploy)
 app.command()(serve)
+app.command()(gc)
 
 MachineSets = Annotated[
     list[str] | None,
