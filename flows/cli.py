@@ -9,6 +9,7 @@ import typer
 from flows.cli_approval import approve
 from flows.cli_data import data_app
 from flows.cli_deploy import deploy, serve
+from flows.cli_doctor import doctor
 from flows.cli_errors import reporting_errors
 from flows.cli_gc import gc
 from flows.cli_init import init
@@ -48,6 +49,7 @@ app.command()(approve)
 app.command()(deploy)
 app.command()(serve)
 app.command()(gc)
+app.command()(doctor)
 
 MachineSets = Annotated[
     list[str] | None,

@@ -7,13 +7,13 @@ deleted beside it.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from flows.graph import ModelRef, RunGraph, View, model_of
+from flows.approvals import read_approvals, thresholds_by_round
+from flows.graph import ModelRef, RunGraph, graph_of, model_of
 from flows.opening import OpenRun, reopen_run
 from storage.addresses import canonical_json
 from storage.garbage import names_in
 from storage.manifest import read_record
 from storage.store import Store
-from tasks.classifiers import read_description
 from tasks.specifications import Specification
 
 
@@ -83,9 +83,8 @@ def stages_of(run: OpenRun) -> Iterator[Specification]:
     A run that ends before its last round has a baseline of the round that was its last: those of
     all rounds are among them.
     """
-    given = run.pins.given_teacher
-    view = None if given is None else View.of(read_description(run.store, given))
-    graph = RunGraph(run.config, run.pins, view)
+    approvals = read_approvals(run.store, run.name, run.config)
+    graph = graph_of(run.store, run.config, run.pins, thresholds_by_round(approvals))
     yield from (training.specification for training in graph.teacher())
     teacher = graph.first_model()
     yield from _evaluations(graph, teacher)
@@ -93,7 +92,7 @@ def stages_of(run: OpenRun) -> Iterator[Specification]:
         if graph.needs(round_index).selection:
             guard = graph.guard()
             yield from () if guard is None else (guard,)
-            if graph.labels_dev:
+            if graph.labels_dev(teacher):
                 yield graph.calibration(teacher)
             yield graph.label(teacher)
             yield graph.select(teacher, round_index)

@@ -53,3 +53,8 @@ def visible_gpus() -> list[str]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     count = torch.cuda.device_count()
     return [name.strip() for name in names][:count] if names[0] else [str(i) for i in range(count)]
+
+
+def gpu_names() -> list[str]:
+    """Return the models of this machine's GPUs, in torch's order."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -38,6 +38,9 @@ REPORT_ONLY = {"matplotlib", "jinja2"}  # for the files of the report, tasks/rep
 EXCEPTIONS = {
     # The engines that an extra installs, imported when one is asked for.
     "flows/engines.py": {"dask", "distributed", "prefect_dask", "prefect_ray", "ray"},
+    "flows/machine_checks.py": {"packaging"},  # whether what is installed is what we ask for
+    "flows/prefect_checks.py": {"httpx"},  # asks a server without Prefect's retries
+    "flows/store_checks.py": {"botocore"},  # where credentials come from, as s3fs will find them
     "flows/server.py": {"httpx"},  # asks our own Prefect server whether it is up
     "tasks/checkpointing.py": {"safetensors"},  # a checkpoint's tensors become bytes here
     "tasks/digits.py": {"sklearn"},  # the demo's images, imported when they are made
