@@ -93,6 +93,7 @@ def label_corpus(
         done=whole.num_samples - sum(shard.num_samples for shard in missing),
         total=whole.num_samples,
     )
+    processes = 1
     if missing:
         cut = None
         if resolved_form(config, len(class_names)) == "top_k":
@@ -110,8 +111,9 @@ def label_corpus(
             max_bad_samples=max_bad_samples,
             cut=cut,
         )
-        _label_all(job, missing, engine, progress)
-    return reference(labeling.finish(opened, specification, seconds=time.monotonic() - started))
+        processes = _label_all(job, missing, engine, progress)
+    seconds = time.monotonic() - started
+    return reference(labeling.finish(opened, specification, seconds=seconds, processes=processes))
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ def labeler_of(
 
 def _label_all(
     job: LabelJob, missing: Sequence[Shard], engine: EngineConfig, progress: "_LabelingProgress"
-) -> None:
+) -> int:
+    """Label the shards; return how many workers did."""
     with _running(engine, job, missing, progress) as running:
         groups = group_shards(missing, job.config.shards_per_task, num_workers=running.num_workers)
         get_run_logger().info(
@@ -199,6 +202,7 @@ def _label_all(
         except BaseException:
             running.stop()
             raise
+        return running.num_workers
 
 
 @dataclass(frozen=True)

@@ -244,11 +244,18 @@ class _Truth:
         return self._mapped[label]
 
 
-def finish(store: Store, specification: Specification, *, seconds: float) -> Manifest:
+def finish(
+    store: Store, specification: Specification, *, seconds: float, processes: int = 1
+) -> Manifest:
     """Commit a labelling once every shard of the corpus has its record.
 
     One that is finished already, and was mended, stays as it is.
 
+    Args:
+        store: where to.
+        specification: of the labelling.
+        seconds: of this attempt.
+        processes: that labelled at a time in this attempt.
     Raises: ValueError if a record is missing; ManifestMismatch if a mended shard's record is not
         the one that the finished labelling names.
     """
@@ -291,11 +298,14 @@ def finish(store: Store, specification: Specification, *, seconds: float) -> Man
         counts={
             "samples": corpus.num_samples,
             "labeled": sum(record["num_samples"] for _, record in records),
+            "bytes": sum(record["object"]["size"] for _, record in records),
             "bad_samples": bad,
             "shards": shards,
         },
     )
-    provenance.record(store, specification.folder, seconds=seconds, device=None)
+    provenance.record(
+        store, specification.folder, seconds=seconds, device=None, processes=processes
+    )
     return commit_manifest(store, specification.folder, manifest)
 
 

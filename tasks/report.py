@@ -9,6 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from storage.runs import write_view
 from storage.selections import Reason
 from storage.store import Store
+from tasks import report_costs as costs
+from tasks import report_evaluation_figures as evaluation_figures
 from tasks import report_facts as facts
 from tasks import report_figures as figures
 from tasks import report_formats as formats
@@ -44,6 +46,9 @@ def render_report(store: Store, status: dict[str, Any], inputs: dict[str, Any]) 
     started, ended = facts.time_span(store, status["run"])
     student = facts.student_round(status)
     stages = facts.stage_rows(store, status)
+    evaluations = facts.evaluations(store, status)
+    result = next((one for one in evaluations if one.is_result), None)
+    spent = costs.stage_costs(store, status)
     versions = facts.version_sets(stages)
     pinned = facts.pinned_inputs(store, status["run"], inputs["unlabeled"])
     page = _environment().get_template("report.html.jinja")
@@ -65,6 +70,10 @@ def render_report(store: Store, status: dict[str, Any], inputs: dict[str, Any]) 
         rounds_note=_rounds_note(status, inputs["config"]),
         trainings=trainings,
         max_curves=figures.MAX_CURVES,
+        evaluations=evaluations,
+        evaluated_result=result,
+        most_confused=evaluation_figures.most_confused(result),
+        max_matrix_classes=evaluation_figures.MAX_MATRIX_CLASSES,
         selections=chosen,
         extreme_rounds=[one.round_index for one in chosen if one.is_temperature_at_an_end],
         reasons=_reasons(chosen),
@@ -79,9 +88,13 @@ def render_report(store: Store, status: dict[str, Any], inputs: dict[str, Any]) 
         split_names=_SPLIT_NAMES,
         stages=_with_version_set(stages, versions),
         versions=versions,
+        costs={one.fingerprint: one for one in spent},
+        cost_totals=costs.cost_totals(spent),
         figures={
             "accuracy": figures.accuracy_figure(status["rounds"], status["baseline"]),
             "curves": figures.curves_figure(trainings),
+            "reliability": evaluation_figures.reliability_figure(evaluations),
+            "confusion": evaluation_figures.confusion_figure(result),
             "confidence": selection_figures.confidence_figure(chosen),
             "classes": selection_figures.class_balance_figure(chosen),
         },

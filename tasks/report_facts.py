@@ -20,6 +20,11 @@ from tasks.specifications import folder_of, read_result
 from tasks.training import read_curve
 
 SPLITS = ("labeled", "dev", "test", "unlabeled")
+# Stages that judge a model, the better one first.
+_EVALUATIONS: tuple[tuple[str, Literal["test", "dev"]], ...] = (
+    ("test", "test"),
+    ("validate", "dev"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Comparison:
         low: bound of its 95 % paired interval.
         high: bound.
         total: samples of the split.
+        only_first: samples that the first alone has right.
+        only_second: samples that the second alone has right.
     """
 
     split: Literal["test", "dev"]
@@ -39,6 +46,8 @@ class Comparison:
     low: float
     high: float
     total: int
+    only_first: int
+    only_second: int
 
     @property
     def verdict(self) -> str:
@@ -74,6 +83,23 @@ class Training:
     curve: list[dict[str, Any]]
     counts: dict[str, Any]
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one split.
+
+    Attributes:
+        label: whose model it is.
+        split: test where it was tested, else dev.
+        report: as the stage wrote it.
+        is_result: whether it is the run's result so far.
+    """
+
+    label: str
+    split: Literal["test", "dev"]
+    report: dict[str, Any]
+    is_result: bool
 
 
 @dataclass(frozen=True)
@@ -115,30 +141,59 @@ def compare(
     store: Store, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
 ) -> Comparison | None:
     """Compare two models of the status on test, else on dev; None where they share no split."""
-    kinds: tuple[tuple[str, Literal["test", "dev"]], ...] = (("test", "test"), ("validate", "dev"))
-    for kind, split in kinds:
-        results = [finished_stage(store, model, kind) for model in (first, second)]
-        one, other = (None if r is None else _correct_by_key(store, r) for r in results)
-        if one is None or other is None or one.keys() != other.keys():
-            continue
-        keys = sorted(one)
-        decision = decide_promotion(
-            np.array([one[key] for key in keys]), np.array([other[key] for key in keys])
-        )
-        return Comparison(
-            split=split,
-            difference=decision.difference,
-            low=decision.low,
-            high=decision.high,
-            total=len(keys),
-        )
-    return None
+    found = (compare_on(store, first, second, split) for _, split in _EVALUATIONS)
+    return next((one for one in found if one is not None), None)
+
+
+def compare_on(
+    store: Store,
+    first: Mapping[str, Any] | None,
+    second: Mapping[str, Any] | None,
+    split: Literal["test", "dev"],
+) -> Comparison | None:
+    """Compare two models, also of two runs, on one split; None unless on the very same samples."""
+    kind = next(kind for kind, name in _EVALUATIONS if name == split)
+    results = [finished_stage(store, model, kind) for model in (first, second)]
+    # Samples of two corpora may have the same keys.
+    if None in results or len({one.inputs["corpus"].fingerprint for one in results if one}) > 1:
+        return None
+    one, other = (_correct_by_key(store, result) for result in results if result)
+    if one.keys() != other.keys():
+        return None
+    keys = sorted(one)
+    decision = decide_promotion(
+        np.array([one[key] for key in keys]), np.array([other[key] for key in keys])
+    )
+    return Comparison(
+        split=split,
+        difference=decision.difference,
+        low=decision.low,
+        high=decision.high,
+        total=len(keys),
+        only_first=decision.only_student,
+        only_second=decision.only_teacher,
+    )
 
 
 def promotion(store: Store, model: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the comparison on dev by which a student was promoted or not."""
     manifest = finished_stage(store, model, "promote")
     return None if manifest is None else read_report(store, manifest)
+
+
+def evaluations(store: Store, status: Mapping[str, Any]) -> list[Evaluation]:
+    """Return every model that was evaluated, on test, else on dev: by round, the baseline last."""
+    result = result_round(status)
+    found: list[Evaluation] = []
+    for one in [*status["rounds"], *([status["baseline"]] if status["baseline"] else [])]:
+        for kind, split in _EVALUATIONS:
+            manifest = finished_stage(store, one, kind)
+            if manifest is not None:
+                label = _model_label(None if one is status["baseline"] else one["round_index"])
+                report = read_report(store, manifest)
+                found.append(Evaluation(label, split, report, one is result))
+                break
+    return found
 
 
 def selections(store: Store, status: Mapping[str, Any]) -> list[RoundSelection]:

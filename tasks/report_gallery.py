@@ -44,6 +44,8 @@ class GalleryImage:
         predicted: name of the class with the largest probability.
         confidence: calibrated, in [0, 1].
         truth: name of the true class; None where unknown.
+        before: name of the class in the round before, where the image is shown because that was
+            another; else None.
         source: the thumbnail as a data URI; None where the image could not be read.
         is_tiny: fewer pixels than are shown, so they are drawn as squares.
     """
@@ -52,6 +54,7 @@ class GalleryImage:
     predicted: str
     confidence: float
     truth: str | None
+    before: str | None = None
     source: str | None = None
     is_tiny: bool = False
 
@@ -108,15 +111,18 @@ def galleries(
     The choice is a function of content alone: shards in the order of their digests, which is as
     good as random, until 4 of them or 256 MiB are reached; samples by confidence, then key.
     """
-    shown = selections[-MAX_ROUNDS:]
-    if not shown:
+    if not selections:
         return []
-    labeling = read_manifest(store, _labeling_folder(shown[-1]))
+    labeling = read_manifest(store, _labeling_folder(selections[-1]))
     if labeling is None:
         return []
     corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
     shards = choose_shards(corpus.shards)
-    found = [_gallery(store, one, corpus, shards, class_names) for one in shown]
+    # One round more than is shown: labels flip from the round before.
+    rows = [_read_rows(store, one, shards) for one in selections[-MAX_ROUNDS - 1 :]]
+    before = [None, *rows][-MAX_ROUNDS - 1 : -1]
+    shown = zip(selections[-MAX_ROUNDS:], rows[-MAX_ROUNDS:], before, strict=True)
+    found = [_gallery(*one, corpus, shards, class_names) for one in shown]
     thumbnails, problems = _thumbnails(store, corpus, _keys_by_stem(found, shards))
     return [_with_thumbnails(one, thumbnails, problems) for one in found]
 
@@ -154,15 +160,15 @@ def _labeling_folder(selection: RoundSelection) -> str:
 
 
 def _gallery(
-    store: Store,
     selection: RoundSelection,
+    rows: _Rows | None,
+    before: _Rows | None,
     corpus: Corpus,
     shards: Sequence[Shard],
     class_names: Sequence[str],
 ) -> Gallery:
     groups: list[GalleryGroup] = []
     problems: list[str] = []
-    rows = _read_rows(store, selection, shards)
     if rows is None:
         problems.append(f"the predictions of round {selection.round_index} are no longer stored")
     else:
@@ -171,6 +177,8 @@ def _gallery(
             for title, shown, num_found in _choices(rows)
             if shown
         ]
+        flipped = None if before is None else _flipped(rows, before, class_names)
+        groups += [flipped] if flipped is not None and flipped.images else []
     return Gallery(
         round_index=selection.round_index,
         groups=tuple(groups),
@@ -237,6 +245,21 @@ def _choices(rows: _Rows) -> list[tuple[str, list[int], int]]:
             title = f"Rejected: {words(reason.name.lower())}, most confident"
             choices.append((title, rejected, len(rejected)))
     return [(title, shown[:IMAGES_PER_GROUP], found) for title, shown, found in choices]
+
+
+def _flipped(rows: _Rows, before: _Rows, class_names: Sequence[str]) -> GalleryGroup:
+    """Return the samples whose label differs from that of the round before, by their keys."""
+    labels = dict(zip(before.keys.tolist(), before.label.tolist(), strict=True))
+    # A sample that could not be decoded is in neither round.
+    old = np.array([labels.get(key, -1) for key in rows.keys.tolist()])
+    order = np.lexsort((rows.keys, -rows.confidence))
+    found = order[((old >= 0) & (old != rows.label))[order]].tolist()
+    shown = found[:IMAGES_PER_GROUP]
+    images = tuple(
+        replace(image, before=class_names[int(old[row])])
+        for image, row in zip(_images(rows, shown, class_names), shown, strict=True)
+    )
+    return GalleryGroup("Label flipped since the round before, most confident", images, len(found))
 
 
 def _images(

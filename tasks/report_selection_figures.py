@@ -139,7 +139,7 @@ def _draw_histogram(
             label=f"{name} images",
         )
     axes.set_yscale("log", nonpositive="clip")
-    axes.yaxis.set_major_formatter(_plain_number)
+    axes.yaxis.set_major_formatter(plain_number)
     axes.minorticks_off()
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "0.2", "0.4", "0.6", "0.8", "1"])
@@ -186,7 +186,7 @@ def _draw_classes_by_name(axes: "Axes", classes: Sequence[Mapping[str, Any]]) ->
     images = [one["unique"] for one in classes]
     style: dict[str, Any] = {"marker": "_", "markersize": 7, "linestyle": "none"}
     axes.plot(places + 0.2, images, color=TEXT, label=_IMAGES, **style)
-    names = [_shortened(one["name"]) for one in classes]
+    names = [shortened(one["name"]) for one in classes]
     is_long = sum(map(len, names)) > 30
     axes.set_xticks(
         places, names, rotation=40 if is_long else 0, ha="right" if is_long else "center"
@@ -205,13 +205,14 @@ def _draw_classes_by_rank(axes: "Axes", classes: Sequence[Mapping[str, Any]]) ->
         axes.step(ranks, counts, where="mid", color=color, linestyle=line, label=label)
     axes.set_yscale("symlog", linthresh=1)  # logarithmic, and with a place for 0
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(_plain_number)
+    axes.yaxis.set_major_formatter(plain_number)
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
     """Cut the middle out: names that begin alike often differ at their ends."""
     return name if len(name) <= 12 else f"{name[:6]}…{name[-5:]}"
 
 
-def _plain_number(value: float, _position: float | None) -> str:
+def plain_number(value: float, _position: float | None) -> str:
+    """Write a tick as a whole number with separators."""
     return f"{value:,.0f}"

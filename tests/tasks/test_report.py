@@ -35,8 +35,11 @@ from storage.selections import Reason, Selection
 from storage.selections import to_parquet as selection_to_parquet
 from storage.store import open_store
 from tasks import report_formats as formats
+from tasks.evaluation import _report
 from tasks.report import render_report, write_report
-from tasks.report_facts import RoundSelection, Training
+from tasks.report_costs import StageCost, cost_totals
+from tasks.report_evaluation_figures import confusion_figure, most_confused, reliability_figure
+from tasks.report_facts import Evaluation, RoundSelection, Training
 from tasks.report_figures import curves_figure
 from tasks.report_gallery import MAX_BYTES, choose_shards, thumbnail
 from tasks.report_selection_figures import class_balance_figure
@@ -130,7 +133,7 @@ class TinyRun:
         one.update(facts)
         return one
 
-    def commit(self, one, kind, *, objects=(), counts=None, inputs=None, versions="1"):
+    def commit(self, one, kind, *, objects=(), counts=None, inputs=None, versions="1", **more):
         number = len(one["stages"])
         role = one.get("round_index", "baseline")
         fingerprint = f"{kind}-{role}-{number}".encode().hex().ljust(64, "0")
@@ -138,7 +141,7 @@ class TinyRun:
         stored = tuple(put_object(self.store, folder, *described) for described in objects)
         references = {k: InputReference(v, v) for k, v in (inputs or {}).items()}
         manifest = Manifest(kind, fingerprint, 1, {}, references, stored, counts or {})
-        facts = {"seconds": 2.0, "finished": "2026-01-02T03:04:05+00:00", "device": "cpu"}
+        facts = {"seconds": 2.0, "finished": "2026-01-02T03:04:05+00:00", "device": "cpu"} | more
         write_provenance(self.store, folder, {**facts, "versions": {"torch": versions}})
         one["stages"].append(
             {"kind": kind, "fingerprint": fingerprint, "state": "done", "seconds": 2.0}
@@ -160,27 +163,33 @@ class TinyRun:
             "architecture": "small_cnn-8x2",
         }
         one["architecture"] = "small_cnn-8x2"
-        self.commit(one, "train", objects=[("metrics", table, "parquet")], counts=counts)
+        objects = [("metrics", table, "parquet")]
+        self.commit(one, "train", objects=objects, counts=counts, processes=2)
 
     def evaluate(self, one, kind, correct, total=10):
         """The first `correct` samples are right."""
         keys = tuple(f"{kind}/{i}" for i in range(total))
         labels = np.array([0 if i < correct else 1 for i in range(total)])
-        data = predictions_to_parquet(predict(keys, labels, np.full(total, 0.8), np.zeros(total)))
+        predictions = predict(keys, labels, np.full(total, 0.8), np.zeros(total))
+        report = json.dumps(_report(predictions, NAMES)).encode()
+        objects = [
+            ("predictions", predictions_to_parquet(predictions), "parquet"),
+            ("report", report, "json"),
+        ]
         counts = {"samples": total, "classes": 3}
-        self.commit(one, kind, objects=[("predictions", data, "parquet")], counts=counts)
+        inputs = {"corpus": "1" * 64}
+        self.commit(one, kind, objects=objects, counts=counts, inputs=inputs)
         name = "dev" if kind == "validate" else "test"
         one[f"{name}_accuracy"] = correct / total
         one[f"{name}_interval"] = [0.25, 0.75]
 
-    def select(self, one, **facts):
+    def select(self, one, *, samples=SAMPLES, **facts):
         labeler = f"{one['round_index']:064x}"
-        labeling = self.commit(
-            one, "label", inputs={"corpus": self.corpus.digest, "labeler": labeler}
-        )
+        inputs = {"corpus": self.corpus.digest, "labeler": labeler}
+        labeling = self.commit(one, "label", inputs=inputs, counts={"bytes": 1500}, processes=3)
         objects, counts = [], []
         for shard in self.corpus.shards:
-            label, confidence, truth, reason = map(np.array, zip(*SAMPLES[shard.stem], strict=True))
+            label, confidence, truth, reason = map(np.array, zip(*samples[shard.stem], strict=True))
             predictions = predict(
                 KEYS, label, confidence, truth if self.truth else np.full(len(truth), -1)
             )
@@ -230,7 +239,10 @@ class TinyRun:
     def text(self):
         """What a reader sees, without the figures, which are not drawn either."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in ("report_figures", "report_selection_figures"):
+            for module in (
+                *("report_figures", "report_selection_figures"),
+                "report_evaluation_figures",
+            ):
                 patch.setattr(f"tasks.{module}.draw_svg", lambda *_, **__: "")
             return plain(self.page())
 
@@ -366,7 +378,7 @@ def test_class_names_and_keys_are_shown_as_text(finished_page):
 
 
 def test_every_figure_is_drawn_in_colours_of_the_page(finished_page):
-    assert finished_page.count('<svg class="figure" role="img"') == 4
+    assert finished_page.count('<svg class="figure" role="img"') == 6
     assert "currentColor" in finished_page
     assert "var(--blue)" in finished_page
     figures = finished_page.split("</style>", 1)[1]
@@ -461,8 +473,8 @@ def test_run_after_its_teacher_renders(tmp_path):
     assert "the teacher of round 0, the result so far (test n/a; dev steers the run)" in text
     assert "Student against baseline n/a trained after the last round" in text
     assert "Student against first teacher n/a no student was evaluated yet" in text
-    assert "label partial n/a n/a " + "a" * 64 in text
-    assert run.page().count("<svg ") == 2  # accuracy and curves; no selection yet
+    assert "label partial n/a n/a n/a " + "a" * 64 in text
+    assert run.page().count("<svg ") == 4  # of models; no selection yet
 
 
 def test_failed_run_says_what_it_died_of(tmp_path):
@@ -488,6 +500,126 @@ def test_mixed_library_versions_are_marked_stage_by_stage(tmp_path):
     text = run.text()
     assert "computed under different library versions" in text
     assert "Set torch Stages 1 1.0 1 2 2.0 1" in text
+
+
+def flipped(samples, flips):
+    """The samples with other classes: (stem, row) -> class."""
+    return {
+        stem: [(flips.get((stem, row), one[0]), *one[1:]) for row, one in enumerate(rows)]
+        for stem, rows in samples.items()
+    }
+
+
+def test_labels_that_flipped_between_rounds_are_shown_with_what_they_were(tmp_path):
+    run = TinyRun(tmp_path)
+    run.select(run.new_round(1))
+    # Of confidence 0.95 and 0.41: in the first round B, and C.
+    flips = {("u-0", 1): 2, ("u-1", 3): 0}
+    run.select(run.new_round(2), samples=flipped(SAMPLES, flips))
+    page = run.page().split('<section id="gallery">')[1].split("</section>")[0]
+    second, first = page.split("<details")[1:]
+    assert "Label flipped" not in first
+    assert plain(second.split("Label flipped")[1]).replace(NAMES[0], "A").replace(
+        NAMES[1], "B"
+    ) == (
+        "since the round before, most confident · 2 of 2"
+        " 猫 0.950 was B ✓ true A 0.410 was 猫 ✓ true"
+    )
+
+
+def test_gallery_of_the_oldest_round_shown_knows_the_round_before_it(tmp_path):
+    run = TinyRun(tmp_path)
+    for index in range(1, 5):
+        flips = {("u-0", 0): 1} if index == 2 else {}
+        run.select(run.new_round(index), samples=flipped(SAMPLES, flips))
+    page = run.page().split('<section id="gallery">')[1].split("</section>")[0]
+    shown = ["Label flipped" in one for one in page.split("<details")[1:]]
+    assert shown == [False, True, True]  # rounds 4, 3 and 2; back in 3, and away in 2
+
+
+def test_confusion_is_that_of_the_result_and_names_its_mistakes(finished):
+    # Of 10 test images of the first class the student takes the last for the second one.
+    text = finished.text().replace(NAMES[0], "A").replace(NAMES[1], "B")
+    assert "Most frequent mistakes of round 1 on test" in text
+    assert "True class Taken for Images Of its class A B 1 10.0 %" in text
+
+
+def evaluation_of(confusion):
+    names = [f"class {i}" for i in range(len(confusion))]
+    report = {"confusion": confusion, "per_class": [{"name": name} for name in names]}
+    return Evaluation("round 1", "test", report, is_result=True)
+
+
+def test_most_confused_pairs_come_first_with_their_share_of_the_true_class():
+    found = most_confused(evaluation_of([[5, 0, 3], [1, 9, 0], [3, 0, 0]]))
+    assert [(one["truth"][-1], one["predicted"][-1], one["count"]) for one in found] == [
+        *(("0", "2", 3), ("2", "0", 3), ("1", "0", 1)),
+    ]
+    assert [one["share"] for one in found] == [3 / 8, 1.0, 0.1]
+    assert most_confused(evaluation_of([[5, 0], [0, 5]])) == []
+    assert most_confused(evaluation_of([[0, 1], [1, 0]]), limit=1)[0]["truth"] == "class 0"
+    assert most_confused(None) == []
+
+
+def test_confusion_matrix_has_counts_on_its_cells_while_they_can_be_read():
+    figure = confusion_figure(evaluation_of([[50, 7], [0, 1234]]))
+    assert figure is not None
+    texts = [text for text in (">50<", ">7<", ">1,234<", ">0<") if text in figure]
+    assert texts == [">50<", ">7<", ">1,234<"]
+    # Three cells, and none for the zero.
+    assert figure.count("fill: var(--blue); opacity") == 3
+    assert confusion_figure(evaluation_of(np.eye(41, dtype=int).tolist())) is None
+    assert confusion_figure(None) is None
+
+
+def test_reliability_is_drawn_of_the_first_the_last_and_the_baseline(finished):
+    report = _report(
+        predict(("a", "b"), np.array([0, 1]), np.array([0.9, 0.6]), np.array([0, 0])), NAMES
+    )
+    labels = [*(f"round {i}" for i in range(9)), "baseline"]
+    figure = reliability_figure([Evaluation(label, "dev", report, False) for label in labels])
+    assert figure is not None
+    assert [i for i in range(9) if f">round {i}, dev<" in figure] == [0, 7, 8]
+    assert ">baseline, dev<" in figure
+    # One right at 0.9, one wrong at 0.6: the mean distance is (0.1 + 0.6) / 2.
+    assert figure.count(">ECE 35.0 %<") == 4
+
+
+def test_costs_are_device_seconds_and_bytes_of_each_kind_of_stage():
+    def cost(kind, *, reused=False, processes=None, seconds=2.0, num_bytes=10):
+        return StageCost(kind, "a", reused, processes, seconds, num_bytes)
+
+    train, select, total = cost_totals(
+        [
+            cost("train", processes=4),
+            cost("train", reused=True),
+            cost("select", seconds=None, num_bytes=5),
+        ]
+    )
+    assert (train.name, train.stages, train.reused) == ("train", 2, 1)
+    assert (train.device_seconds, train.reused_device_seconds, train.num_bytes) == (8.0, 2.0, 20)
+    assert (select.device_seconds, select.num_bytes, select.num_unknown) == (0, 5, 1)
+    assert (total.name, total.stages, total.device_seconds, total.num_bytes) == ("all", 3, 8, 25)
+
+
+def test_cost_table_adds_up_the_stages_of_the_run(finished):
+    # Three trainings of 2 s on two processes, a labelling on three; evaluations, one selection and
+    # one promotion on one. 1,500 bytes of predictions, as their labelling says.
+    text = finished.text()
+    assert "train 3 0 12 s 0.0 s" in text
+    assert "label 1 0 6.0 s 0.0 s 1.5 kB" in text
+    assert "validate 3 0 6.0 s" in text
+    assert "all 12 0 34 s 0.0 s" in text
+
+
+def test_bytes_of_a_labelling_that_did_not_count_them_are_not_available(tmp_path):
+    run = TinyRun(tmp_path)
+    one = run.new_round(1)
+    run.commit(one, "label")
+    one["stages"][0]["state"] = "reused"
+    text = run.text()
+    assert "label 1 1 0.0 s 2.0 s 0 B" in text
+    assert "Of 1 stage time or bytes are not recorded, and are left out." in text
 
 
 def test_temperature_at_the_end_of_its_range_is_a_warning(tmp_path):
