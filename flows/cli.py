@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli_approval import approve
+from flows.cli_comparison import compare
 from flows.cli_data import data_app
 from flows.cli_deploy import deploy, serve
 from flows.cli_doctor import doctor
@@ -50,6 +51,7 @@ app.command()(deploy)
 app.command()(serve)
 app.command()(gc)
 app.command()(doctor)
+app.command()(compare)
 
 MachineSets = Annotated[
     list[str] | None,
