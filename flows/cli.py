@@ -59,7 +59,7 @@ MachineSets = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Where and how to compute, for this attempt: launch, engine, cache, device,"
-        " loader_threads or materialize; may be repeated.",
+        " loader_threads, materialize or trackers; may be repeated.",
     ),
 ]
 
@@ -72,8 +72,8 @@ def run(
     """Run a config from the first stage that the store does not hold to the last.
 
     A run of this name and config goes on where it was; with another config it is refused. `launch`,
-    `engine`, `cache`, `device`, `loader_threads` and `materialize` may differ: they are in no
-    fingerprint.
+    `engine`, `cache`, `device`, `loader_threads`, `materialize` and `trackers` may differ: they are
+    in no fingerprint.
 
     Example: `selftrain run cifar10 --store ./store --name first-try --set rounds=2`
     """

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
@@ -28,6 +35,7 @@ from tasks.labeling_config import LabelingConfig
 from tasks.launching import ONE_LOCAL_PROCESS, LaunchConfig, LocalLaunch
 from tasks.loading import CACHE, LOADER_THREADS, MATERIALIZE, MaterializeChoice
 from tasks.selection import SelectionConfig
+from tasks.tracker_config import TrackerConfig
 from tasks.training_orders import needs_of
 
 # Stored configs carry this number and are read by flows/opening.py.
@@ -189,10 +197,22 @@ class SelfTrainingConfig(_Config):
         default=AlertConfig(),
         description="What `selftrain deploy` has the server alert people of, and how.",
     )
+    trackers: tuple[TrackerConfig, ...] = Field(
+        default=(),
+        description="Where metrics are written besides the store: TensorBoard, MLflow; in no"
+        " fingerprint.",
+    )
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
     )
+
+    @field_validator("trackers")
+    @classmethod
+    def _no_tracker_twice(cls, trackers: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
+        if len({*trackers}) < len(trackers):
+            raise ValueError("a tracker is named twice, and would be told everything twice")
+        return trackers
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,7 @@ from flows.opening import OpenRun, refuse_without_room, trainings_of
 from flows.run_events import DONE, FAILED, STARTED, STOPPED
 from flows.run_status import RunStatus, read_status, write_status_view
 from flows.selection import select_pseudo_labels
+from flows.tracking import Trackers, refuse_trackers_without_effect
 from flows.watching import Watcher
 from models.architectures import architecture_name
 from storage.manifest import Manifest
@@ -48,9 +49,12 @@ from tasks.training_orders import TrainingOrder
 def driving(run: OpenRun) -> "Iterator[RunDriver]":
     """Yield the driver of a run and record in the store how this attempt began and ended.
 
-    Raises: CacheTooSmall, before anything is computed, if this machine's trainings have no room.
+    Raises: CacheTooSmall, before anything is computed, if this machine's trainings have no room;
+        TrackerMissing and ConfigError for trackers that nothing could be written to.
     """
     refuse_without_room(run.store, run.config, run.pins)  # a resume may be on another machine
+    refuse_trackers_without_effect(run)
+    trackers = Trackers(run)
     _warn_of_slow_bf16(run)
     append_event(
         run.store,
@@ -62,7 +66,7 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
     watcher.tell(STARTED)
     try:
         with listening(watcher.on_progress):
-            yield RunDriver(run, watcher)
+            yield RunDriver(run, watcher, trackers)
         watcher.tell(DONE)
     except WaitingForApproval as error:
         watcher.tell(STOPPED, error=type(error).__name__)
@@ -70,11 +74,13 @@ def driving(run: OpenRun) -> "Iterator[RunDriver]":
     except (KeyboardInterrupt, SystemExit, TerminationSignal, TrainingStopped) as error:
         append_event(run.store, run.name, "run_stopped", error=type(error).__name__)
         watcher.tell(STOPPED, error=type(error).__name__)
+        trackers.publish()
         raise
     except Exception as error:
         message = str(error).split("\n")[0][:1000]
         append_event(run.store, run.name, "run_failed", error=type(error).__name__, message=message)
         watcher.tell(FAILED, error=type(error).__name__, message=message)
+        trackers.publish()
         raise
 
 
@@ -108,6 +114,7 @@ class RunDriver:
 
     run: OpenRun
     watcher: Watcher
+    trackers: Trackers
     graph: RunGraph = field(init=False)
     _is_guarded: bool = field(init=False, default=False)
     _note: str = field(init=False, default="")
@@ -308,7 +315,7 @@ class RunDriver:
         return approval.is_accepted
 
     def conclude_round(self) -> None:
-        """Rebuild the run's views: run.json, report.html and the table in the Prefect UI.
+        """Tell the trackers, and rebuild run.json, report.html and the table in the Prefect UI.
 
         Where nothing was computed since they were made, they are left as they are. A view that
         cannot be made costs the run nothing: it is logged, and `selftrain report` makes it again.
@@ -318,6 +325,7 @@ class RunDriver:
 
     def _show_results(self) -> None:
         self._num_shown = self._num_computed
+        self.trackers.publish()  # first: the views say which tracker failed
         try:
             status = write_views(self.run)
         except Exception:

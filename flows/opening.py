@@ -35,9 +35,12 @@ from tasks.training_orders import needs_of
 
 PINS_SCHEMA = 1
 
-MACHINE_SETTINGS = ("device", "cache", "loader_threads", "materialize", "launch", "engine")
-"""Keys that say where and how a run computes. They are in no fingerprint, and each attempt at a run
-may have its own."""
+MACHINE_SETTINGS = (
+    *("device", "cache", "loader_threads", "materialize", "launch", "engine"),
+    "trackers",
+)
+"""Keys that say where and how a run computes, and whom it tells. They are in no fingerprint, and
+each attempt at a run may have its own."""
 
 _OF_AN_ATTEMPT = ("name", *MACHINE_SETTINGS)
 

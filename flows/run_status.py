@@ -83,6 +83,7 @@ class RunStatus:
             until done.
         waiting_for: what the run asks, None unless it waits for approval.
         approvals: the answers that it was given, by round.
+        tracker_failures: how often a tracker could not be told the metrics.
     """
 
     run: str
@@ -97,6 +98,7 @@ class RunStatus:
     stages_computed: int | None = None
     waiting_for: Question | None = None
     approvals: tuple[Approval, ...] = ()
+    tracker_failures: int = 0
 
     @property
     def report_url(self) -> str:
@@ -168,6 +170,7 @@ class RunStatus:
             "approvals": [one.to_json() for one in self.approvals],
             "model_url": self.model_url,
             "report_url": self.report_url,
+            "tracker_failures": self.tracker_failures,
         }
 
 
@@ -180,6 +183,7 @@ def read_status(store: Store, name: str) -> RunStatus:
     baseline: RoundStatus | None = None
     waiting_for: Question | None = None
     stages: dict[str, dict[str, Any]] = {}
+    tracker_failures = 0
     for event in events:
         match event["type"]:
             case "run_waiting":
@@ -192,6 +196,8 @@ def read_status(store: Store, name: str) -> RunStatus:
                 stages_computed = event.get("stages_computed")  # earlier versions did not count
             case "run_failed" | "run_stopped":
                 state = event["type"].removeprefix("run_")
+            case "tracker_failed":
+                tracker_failures += 1
             case "stage_referenced" | "stage_done":
                 stages.setdefault(event["fingerprint"] + event["role"], {}).update(event)
             case _:
@@ -232,6 +238,7 @@ def read_status(store: Store, name: str) -> RunStatus:
         stages_computed=stages_computed,
         waiting_for=waiting_for,
         approvals=tuple(approvals),
+        tracker_failures=tracker_failures,
     )
 
 

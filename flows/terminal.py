@@ -105,6 +105,11 @@ def print_status(status: RunStatus) -> None:
         out.print(status.question_in_words(), soft_wrap=True, highlight=False, markup=False)
     if status.versions_mixed:
         out.print("[yellow]stages of this run were computed under different library versions")
+    if status.tracker_failures:
+        out.print(
+            f"[yellow]metrics did not reach a tracker {status.tracker_failures} times: see the"
+            f" report; `selftrain resume {status.run}` writes what one lacks"
+        )
     # Not wrapped: paths are there to be copied.
     out.print(f"report: {status.report_url}", soft_wrap=True, highlight=False, markup=False)
     out.print(f"model:  {status.model_url}", soft_wrap=True, highlight=False, markup=False)

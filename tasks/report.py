@@ -58,6 +58,7 @@ def render_report(store: Store, status: dict[str, Any], inputs: dict[str, Any]) 
         config=formats.yaml_text(inputs["config"]),
         state=_state(status, inputs["config"]),
         failure=facts.failure(store, status["run"]) if status["state"] == "failed" else None,
+        tracker_failure=facts.tracker_failure(store, status["run"]),
         started=started,
         ended=ended,
         result=_result(status),

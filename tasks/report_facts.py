@@ -15,6 +15,7 @@ from storage.predictions import read_columns
 from storage.runs import UnknownRun, read_events, read_run_config
 from storage.store import Store
 from tasks.evaluation import read_report
+from tasks.report_formats import utc
 from tasks.selection import read_summary
 from tasks.specifications import folder_of, read_result
 from tasks.training import read_curve
@@ -279,6 +280,15 @@ def failure(store: Store, run: str) -> str | None:
     failed = [event for event in read_events(store, run) if event["type"] == "run_failed"]
     facts = [failed[-1].get(name) for name in ("error", "message")] if failed else []
     return ": ".join(str(fact) for fact in facts if fact) or None
+
+
+def tracker_failure(store: Store, run: str) -> str | None:
+    """Return when and why a tracker was last not reached, if ever."""
+    failed = [event for event in read_events(store, run) if event["type"] == "tracker_failed"]
+    if not failed:
+        return None
+    last = failed[-1]
+    return f"{utc(last['time'])}, {last['tracker']}: {last['error']}: {last['message']}"
 
 
 def _model_label(round_index: int | None) -> str:

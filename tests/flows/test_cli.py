@@ -75,6 +75,7 @@ STATUS = {
     "baseline": (type(None),),
     "model_url": TEXT,
     "report_url": TEXT,
+    "tracker_failures": (int,),
 }
 PLANNED = {
     "kind": TEXT,
@@ -173,7 +174,7 @@ def test_resume_of_a_finished_run_recomputes_nothing_whatever_its_launch(demo: D
 def test_resume_changes_nothing_that_results_depend_on(demo: Demo) -> None:
     refused = _invoke("resume", "demo", demo, "--set=rounds=3", expect=2)
     assert (
-        "only device, cache, loader_threads, materialize, launch, engine may change"
+        "only device, cache, loader_threads, materialize, launch, engine, trackers may change"
         in refused.stderr
     )
 

@@ -126,6 +126,7 @@ def test_a_run_goes_on_under_other_machine_settings_and_keeps_its_pins(store, da
         "materialize": "never",
         "launch": {"kind": "local", "processes": 2},
         "engine": {"kind": "local", "processes": 0, "threads": 1},
+        "trackers": [{"kind": "tensorboard", "folder": "board"}],
     }
     assert moved.keys() == set(MACHINE_SETTINGS)
     second = open_run(store, config_of(data, **moved))

@@ -45,6 +45,9 @@ EXCEPTIONS = {
     "tasks/checkpointing.py": {"safetensors"},  # a checkpoint's tensors become bytes here
     "tasks/digits.py": {"sklearn"},  # the demo's images, imported when they are made
     "tasks/importing.py": {"yaml"},  # an architecture written on the command line
+    # Trackers that an extra installs, imported when one is written to.
+    "tasks/tracker_mlflow.py": {"mlflow"},
+    "tasks/tracker_tensorboard.py": {"tensorboard"},
 }
 
 

@@ -82,6 +82,7 @@ class TinyRun:
             "baseline": None,
             "model_url": None,
             "report_url": f"{self.store.url}/runs/tiny/report.html",
+            "tracker_failures": 0,
         }
         self.corpus = self._unlabeled()
         self.inputs = {
@@ -483,6 +484,17 @@ def test_failed_run_says_what_it_died_of(tmp_path):
     run.status["state"] = "failed"
     assert "OSError: <i>disk</i> full" in run.text()
     assert "<i>disk" not in run.page()
+
+
+def test_a_tracker_that_was_not_reached_is_a_warning_with_the_last_reason(tmp_path):
+    run = TinyRun(tmp_path)
+    assert "did not reach" not in run.text()
+    for message in ("first", "<b>second"):
+        facts = {"tracker": "mlflow", "error": "MlflowException", "message": message}
+        append_event(run.store, "tiny", "tracker_failed", **facts)
+    run.status["tracker_failures"] = 2
+    assert "Metrics did not reach a tracker 2 times, last:" in run.text()
+    assert "mlflow: MlflowException: <b>second. Nothing is lost" in run.text()
 
 
 def test_given_teacher_without_training_renders(tmp_path):
