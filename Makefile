@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow test-s3 test-browser test-gpu lint check bench clean
+.PHONY: setup demo test test-slow test-s3 test-browser test-gpu lint check bench docs clean
 
 setup: $(VENV)/.installed
 
@@ -45,5 +45,9 @@ check: lint test
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# Read it from build/site/index.html; no server is needed.
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) selftrain-store .pytest_cache .ruff_cache
+	rm -rf $(VENV) build selftrain-store .pytest_cache .ruff_cache
