@@ -210,7 +210,7 @@ class SelfTrainingConfig(_Config):
     @field_validator("trackers")
     @classmethod
     def _no_tracker_twice(cls, trackers: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
-        if len({*trackers}) < len(trackers):
+        if any(tracker in trackers[:index] for index, tracker in enumerate(trackers)):
             raise ValueError("a tracker is named twice, and would be told everything twice")
         return trackers
 

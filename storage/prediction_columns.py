@@ -6,7 +6,7 @@ checked by its sha256 where it is read whole: by the pass that writes from it, s
 that came of it is committed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class DamagedPredictions(CorruptObject):
 
 
 @contextmanager
-def telling_damage() -> Iterator[None]:
+def telling_damage() -> Generator[None]:
     """Raise DamagedPredictions where a file of predictions is not there or has other bytes."""
     try:
         yield

@@ -29,7 +29,7 @@ from models.balancing import (
 )
 from models.balancing.crest import crest_rates
 
-Shard = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.str_]]
+Shard = tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.str_]]
 
 
 def corpus(counts: Sequence[int]) -> Shard:

@@ -598,7 +598,7 @@ def test_reliability_is_drawn_of_the_first_the_last_and_the_baseline(finished):
 
 
 def test_costs_are_device_seconds_and_bytes_of_each_kind_of_stage():
-    def cost(kind, *, reused=False, processes=None, seconds=2.0, num_bytes=10):
+    def cost(kind, *, reused=False, processes=None, seconds: float | None = 2.0, num_bytes=10):
         return StageCost(kind, "a", reused, processes, seconds, num_bytes)
 
     train, select, total = cost_totals(
