@@ -24,7 +24,7 @@ from flows.training import train_model
 from models.description import weights_from_bytes
 from storage.corpus import load_corpus
 from storage.manifest import read_manifest, read_stored
-from storage.predictions import DamagedPredictions
+from storage.predictions import DamagedPredictions, prediction_record
 from storage.runs import RunExists, list_runs, read_events, read_run_config
 from storage.store import CorruptObject, Store, open_store
 from tasks import labeling
@@ -369,8 +369,12 @@ def test_damaged_predictions_of_a_finished_labelling_are_made_again_by_the_run(
     store = open_store(str(folder))
     labels = read_result(store, "label", finished.fingerprint("label", 1))
     assert labels is not None
-    labeler = labels.inputs["labeler"].fingerprint
-    objects = sorted((folder / "predictions" / labeler).glob("*.parquet"))
+    labeler, corpus = (labels.inputs[name].fingerprint for name in ("labeler", "corpus"))
+    records = [
+        prediction_record(store, labeler, shard.digest)
+        for shard in load_corpus(store, corpus).shards
+    ]
+    objects = [folder / record["object"]["path"] for record in records]
     whole = {path: path.read_bytes() for path in objects}
     lost, flipped, *untouched = objects
     times = [path.stat().st_mtime_ns for path in untouched]
@@ -387,9 +391,8 @@ def test_damaged_predictions_of_a_finished_labelling_are_made_again_by_the_run(
     assert {path: path.read_bytes() for path in objects} == whole
     assert [path.stat().st_mtime_ns for path in untouched] == times, "only what was damaged"
     assert read_result(store, "label", labels.fingerprint) == labels
-    assert "recorded predictions are lost" in caplog.text
-    withdrawn = [line for line in caplog.messages if "is withdrawn" in line]
-    assert len(withdrawn) == 2
+    assert len([line for line in caplog.messages if "is withdrawn" in line]) == 2
+    assert len([line for line in caplog.messages if "are made again" in line]) == 1
 
 
 def test_damage_that_is_not_of_predictions_is_not_mended(
