@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Before Prefect is imported: two lines of log for each task run.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
 import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -19,7 +22,6 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from benchmarks.figures import benchmark_parser, figure, print_figures
-from flows import running  # noqa: F401  (sets Prefect's environment before it is used)
 from flows.server import prefect_server
 from flows.sizing import MAX_TASK_RUNS
 

@@ -2,12 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ActionTypes
 from prefect.events.schemas.automations import AutomationCore
@@ -132,6 +140,7 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
                 "schedule": in_words(config.schedule) if is_run else "none",
             }
         )
+    run_id = UUID(deployed[0]["id"])
     automations = [] if action is None else _automations(config, action, deployed, made)
     with get_client(sync_client=True) as client:
         installed = install(client, config.name, [LOST, RESTART, *ALERTS, STALLED], automations)
@@ -139,6 +148,7 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
         if pools.gpus is not None:
             client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, pools.gpus)
             limits.append({"name": GPU_LIMIT, "limit": pools.gpus})
+        _forget_old_schedules(client, run_id)
     return Deployed(api_url, tuple(deployed), tuple(made), tuple(installed), tuple(limits))
 
 
@@ -251,6 +261,27 @@ def _for_workers(config: SelfTrainingConfig) -> SelfTrainingConfig:
                     " this path leads nowhere: give a URL or an absolute path, or data.root one"
                 )
     return config
+
+
+def _forget_old_schedules(client: SyncPrefectClient, deployment_id: UUID) -> None:
+    """Delete the runs to come that a schedule has planned which is no more.
+
+    Prefect (3.8.8) deletes them when the deployment is changed, but a round of its scheduler that
+    was under way puts those of the old schedule back.
+    """
+    schedules = {one.id for one in client.read_deployment(deployment_id).schedules}
+    planned = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        )
+    )
+    now = datetime.now(UTC)
+    for one in planned:
+        is_to_come = one.expected_start_time is not None and one.expected_start_time > now
+        is_stale = one.created_by is not None and one.created_by.id not in schedules
+        if one.auto_scheduled and is_stale and is_to_come:
+            client.delete_flow_run(one.id)
 
 
 def _distinct(deployments: Sequence[RunnerDeployment]) -> list[str]:
