@@ -270,6 +270,12 @@ def test_prefects_workers_poll_the_pools_and_may_do_what_they_must() -> None:
     assert plural | {"watch jobs", "watch pods"} <= allowed
 
 
+def test_the_ray_cluster_has_the_version_of_the_image() -> None:
+    # Ray refuses a client of another version.
+    (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert the("ray-cluster.yaml", "RayCluster")["spec"]["rayVersion"] == pinned
+
+
 def test_dask_is_started_with_options_that_it_has() -> None:
     commands = [
         pod["containers"][0]["args"]
