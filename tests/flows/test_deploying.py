@@ -210,7 +210,8 @@ def _unreachable(**options: Any) -> None:
     raise ConnectionError("asked the server")
 
 
-def test_deploying_to_no_server_says_what_to_set() -> None:
+def test_deploying_to_no_server_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with (
         temporary_settings(restore_defaults={PREFECT_API_URL}),
         pytest.raises(NoServer, match="PREFECT_API_URL"),
