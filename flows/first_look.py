@@ -12,7 +12,7 @@ from storage.corpus import Corpus, load_locations
 from storage.indexing import sorted_by_class
 from storage.patterns import below_root
 from storage.store import Store
-from tasks.image_sizes import ImageSizes, files_of, look_at, spread
+from tasks.image_sizes import MAX_LOOKED_AT, ImageSizes, files_of, look_at
 from tasks.sharding import SPLITS
 
 _MAX_IMBALANCE = 10
@@ -87,13 +87,13 @@ def look_at_data(store: Store, source: str, hints: Hints, *, shards: str) -> Fir
             f"{located.patterns['labeled']}: no classes.json beside the labelled shards, so class"
             ' numbers have no names. Write {"schema": 1, "class_names": [...]} there'
         )
-    files = [
+    looked_at = [corpora[split] for split in corpora if split != "test"]
+    share = MAX_LOOKED_AT // len(looked_at)
+    sizes = look_at(
         file
-        for split, corpus in corpora.items()
-        if split != "test"
-        for file in files_of(corpus, load_locations(store, corpus.digest))
-    ]
-    sizes = look_at(spread(files))
+        for corpus in looked_at
+        for file in files_of(corpus, load_locations(store, corpus.digest), size=share)
+    )
     found = FirstLook(located.root, located.patterns, corpora, sizes, located.made_by, ())
     return replace(found, warnings=tuple(_warnings(found)))
 

@@ -1,6 +1,6 @@
 """How large images are, by a look at some of them: their heads are read, nothing is decoded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, TypeVar
@@ -71,20 +71,22 @@ def spread(items: Sequence[_Item], size: int = MAX_LOOKED_AT) -> list[_Item]:
     """Return at most `size` items at even distances, the first and the last among them."""
     if len(items) <= size:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (size - 1))] for i in range(size)]
+    return [items[round(i * (len(items) - 1) / max(size - 1, 1))] for i in range(size)]
 
 
-def files_of(corpus: Corpus, locations: dict[str, str]) -> list[memoryview]:
-    """Return some image files of a corpus: of its first shard, its middle one and its last."""
+def files_of(
+    corpus: Corpus, locations: Mapping[str, str], *, size: int = MAX_LOOKED_AT
+) -> Iterator[memoryview]:
+    """Yield about `size` image files of a corpus: of its first shard, its middle one and its last.
+
+    One shard is held in memory at a time.
+    """
     filled = [shard for shard in corpus.shards if shard.num_samples]
-    chosen = spread(filled, _MAX_SHARDS)
-    return [
-        sample.image
-        for shard in chosen
-        for sample in spread(
-            read_samples(corpus, locations, shard.stem), MAX_LOOKED_AT // len(chosen)
-        )
-    ]
+    chosen = spread(filled, min(_MAX_SHARDS, size))
+    for shard in chosen:
+        samples = read_samples(corpus, locations, shard.stem)
+        for sample in spread(samples, size // len(chosen)):
+            yield sample.image
 
 
 def _size(file: bytes | memoryview) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -87,7 +87,8 @@ SCENARIOS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+# Without shrinking, which would build stores for minutes.
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(scenarios=SCENARIOS)
 def test_every_run_keeps_all_it_needs_and_nothing_else_stays(
     corpora_folder: Path, scenarios: list[Scenario]

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from models.architectures import SmallCnnConfig
-from tasks.image_sizes import look_at, spread
+from storage.corpus import load_locations, read_samples
+from tasks.image_sizes import files_of, look_at, spread
 from tasks.rates import measure_rates
 
 
@@ -34,6 +35,22 @@ def test_shorter_sides_are_counted_and_unreadable_files_are_not_hidden() -> None
 def test_items_are_taken_at_even_distances_with_both_ends() -> None:
     assert spread(range(101), 5) == [0, 25, 50, 75, 100]
     assert spread([1, 2, 3], 5) == [1, 2, 3]
+    assert spread([1, 2, 3], 1) == [1]
+
+
+def test_files_come_of_the_first_the_middle_and_the_last_shard(lab: Any) -> None:
+    # Five shards of ten; two of each of three.
+    files = list(files_of(lab.unlabeled, load_locations(lab.store, lab.unlabeled.digest), size=6))
+    assert look_at(files).smallest == 8
+    expected = {
+        bytes(sample.image)
+        for stem in ("unlabeled-0", "unlabeled-2", "unlabeled-4")
+        for sample in read_samples(
+            lab.unlabeled, load_locations(lab.store, lab.unlabeled.digest), stem
+        )[::9]
+    }
+    assert {bytes(file) for file in files} == expected
+    assert len(files) == 6
 
 
 def test_rates_are_measured_without_a_trace_in_the_generator(lab: Any) -> None:
