@@ -132,12 +132,12 @@ class LabelingOrder:
 
     def run(self) -> State:
         """Label what is not labelled yet, and return the final state."""
-        label = label_corpus.with_options(flow_run_name=self.title)
+        label: Any = label_corpus.with_options(flow_run_name=self.title)
         return label(**self.arguments, return_state=True)
 
     def mend(self) -> None:
         """Label again what was lost or damaged since."""
-        label = label_corpus.with_options(flow_run_name=f"{self.title} (mending)")
+        label: Any = label_corpus.with_options(flow_run_name=f"{self.title} (mending)")
         label(**self.arguments, mend=True)
 
 
