@@ -39,6 +39,7 @@ def hook() -> Iterator[tuple[str, "Queue[dict[str, Any]]"]]:
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
 def test_a_worse_student_is_alerted_of_through_the_webhook_of_its_own_config(
     hook: tuple[str, "Queue[dict[str, Any]]"],

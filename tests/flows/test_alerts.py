@@ -139,6 +139,7 @@ def test_a_retried_stage_that_begins_again_is_silent_until_it_is_further(
     assert [payload["done"] for _, payload in told] == [7, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api", "trained_here")
 def test_a_run_tells_of_its_stages_and_of_a_student_that_is_worse(
     tmp_path: Any,

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "trained_here")
 MakeConfig = Callable[..., SelfTrainingConfig]
 
 
+@pytest.mark.slow
 def test_a_student_is_promoted_or_not_as_a_person_says(
     tiny_config: MakeConfig, trained_here: list[str], tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_keys_are_what_prefect_allows() -> None:
     assert artifact_key("progress", "Night_1", "rounds ü") == "progress-night-1-rounds--"
 
 
+@pytest.mark.slow
 def test_one_can_tell_what_runs_how_far_and_how_good(
     tiny_config: MakeConfig, client: SyncPrefectClient, tmp_path: Path
 ) -> None:

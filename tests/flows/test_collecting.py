@@ -320,6 +320,7 @@ def test_the_command_lists_and_then_deletes(tmp_path: Path) -> None:
     assert "a number and s, m, h or d" in _invoke("gc", option, "--older-than=7", expect=2).output
 
 
+@pytest.mark.slow
 def test_real_runs_resume_with_every_stage_reused(
     tmp_path: Path, prefect_api: str, trained_here: list[str], tiny_config: MakeConfig
 ) -> None:

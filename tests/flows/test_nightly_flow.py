@@ -16,6 +16,7 @@ from storage.store import open_store
 pytestmark = pytest.mark.usefixtures("prefect_api", "trained_here")
 
 
+@pytest.mark.slow
 def test_a_night_labels_the_new_shards_and_a_night_without_any_computes_nothing(
     tiny_config: Callable[..., SelfTrainingConfig],
     trained_here: list[str],

@@ -235,6 +235,7 @@ def test_restarts_that_are_lost_one_after_the_other_come_to_an_end(
     assert restart(lost.id).name == "GivenUp"
 
 
+@pytest.mark.slow
 def test_automations_are_brought_up_to_date_and_taken_away(client: SyncPrefectClient) -> None:
     pools = Pools("unattended", "unattended")
 
@@ -255,6 +256,7 @@ def test_automations_are_brought_up_to_date_and_taken_away(client: SyncPrefectCl
     assert client.read_automations_by_name("selftrain automated: lost") == []
 
 
+@pytest.mark.slow
 def test_alerts_go_through_the_block_that_is_named(client: SyncPrefectClient) -> None:
     pools = Pools("unattended", "unattended")
     config = load_config("supervised", name="alerted", overrides=["store=/s"])
