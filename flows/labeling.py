@@ -32,8 +32,9 @@ from tasks.shard_groups import group_shards, work_of
 from tasks.specifications import Specification
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 
-# A process needs seconds to start, which is the work of so many images.
-_IMAGES_WORTH_A_PROCESS = 2_000
+# Processes need seconds to start: below so many images' work the run's own is sooner done, and
+# above it each of them has so many at least.
+_IMAGES_WORTH_PROCESSES, _IMAGES_OF_A_PROCESS = 2_000, 500
 
 
 @flow(name="label", persist_result=False)
@@ -264,7 +265,10 @@ def local_workers(
     """
     count = engines.num_local_workers(engine.processes, device, threads=engine.threads)
     if engine.processes == "auto":
-        count = min(count, int(work_of(missing) / _IMAGES_WORTH_A_PROCESS))
+        work = work_of(missing)
+        if work < _IMAGES_WORTH_PROCESSES:
+            return ThisProcess(engine.threads)
+        count = min(count, int(work / _IMAGES_OF_A_PROCESS))
     if count == 0:
         return ThisProcess(engine.threads)
     count = min(count, len(missing))

@@ -181,10 +181,10 @@ def shards(num_samples: int, count: int) -> list[Shard]:
 
 def test_a_small_corpus_is_not_worth_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    small, larger, large = shards(100, 10), shards(1_000, 10), shards(10_000, 10)
+    small, larger, large = shards(100, 10), shards(500, 10), shards(10_000, 10)
     assert isinstance(local_workers(LocalEngine(), "cpu", small), ThisProcess)
-    # Half of 10,000 images is 5,000 of work, for two processes.
-    assert _num_processes(LocalEngine(), larger) == 2
+    # Half of 5,000 images is 2,500 of work: five processes of 500.
+    assert _num_processes(LocalEngine(), larger) == 5
     assert _num_processes(LocalEngine(), large) == 8
     assert _num_processes(LocalEngine(threads=4), large) == 2
     assert _num_processes(LocalEngine(processes=3), small) == 3
