@@ -218,7 +218,7 @@ def _view_figures(plan: Plan, quick: bool) -> list[Figure]:
         at_most(
             "view_confidence_change",
             views.mean_confidence_change,
-            "mean |difference|",
+            "mean absolute difference",
             0.005,
             f"{torchvision}; {trained}",
         ),
