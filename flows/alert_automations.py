@@ -9,7 +9,7 @@ from prefect.events.actions import ActionTypes, CallWebhook, DoNothing, SendNoti
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
-from flows.automations import FLOW_RUN, automation_name, of_deployments, specification
+from flows.automations import FLOW_RUN, automation_name, of_deployments, silence_of
 from flows.operating_config import AlertConfig
 from flows.run_events import COLLAPSE, GIVEN_UP, PROGRESS, RUN, STARTED, WORSE
 
@@ -69,16 +69,7 @@ def alerts_of(
     stalled = AutomationCore(
         name=automation_name(name, STALLED),
         description=f"A run has told of no progress for {seconds:g} s.",
-        trigger=EventTrigger(
-            after={STARTED, PROGRESS},
-            expect={f"{RUN}.*"},
-            match=specification({"prefect.resource.id": f"{RUN}.*"}),
-            match_related=of_deployments(deployments),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=seconds),
-        ),
+        trigger=silence_of(RUN, deployments, after={STARTED, PROGRESS}, seconds=seconds),
         actions=[action],
     )
     return [*found, stalled]

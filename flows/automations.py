@@ -81,6 +81,29 @@ def install(
     return installed
 
 
+def silence_of(
+    resource: str, deployments: Sequence[UUID], *, after: set[str], seconds: float
+) -> EventTrigger:
+    """Return what fires once for each resource of which nothing is heard any more.
+
+    Args:
+        resource: what its id and the names of all its events begin with.
+        deployments: whose runs it belongs to.
+        after: events that promise another one.
+        seconds: within which that must come.
+    """
+    return EventTrigger(
+        after=after,
+        expect={f"{resource}.*"},
+        match=specification({"prefect.resource.id": f"{resource}.*"}),
+        match_related=of_deployments(deployments),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=seconds),
+    )
+
+
 def _crash_the_silent(
     name: str, restart: RestartConfig, deployments: Sequence[UUID], *, starts_at_once: bool
 ) -> AutomationCore:
@@ -104,16 +127,7 @@ def _crash_the_silent(
         name=automation_name(name, LOST),
         description=f"A flow run of {name} that gives no sign of life for {seconds:g} s has lost"
         " its process or its machine.",
-        trigger=EventTrigger(
-            after=begins,
-            expect={f"{FLOW_RUN}.*"},
-            match=specification({"prefect.resource.id": f"{FLOW_RUN}.*"}),
-            match_related=of_deployments(deployments),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=seconds),
-        ),
+        trigger=silence_of(FLOW_RUN, deployments, after=begins, seconds=seconds),
         actions=[crash],
     )
 
