@@ -2,7 +2,8 @@
 
 The whole path of a supervised training: shards, store, trainer, evaluation. There is no dev split
 and nothing is chosen: the recipe was fixed on training images alone, the last average is tested
-once. The length in epochs follows from the machine's speed, measured before.
+once. On a CPU the length in epochs follows from the machine's speed, measured before; a GPU is
+given the epochs of the recipe's source.
 """
 
 import os
@@ -29,13 +30,14 @@ from storage.patterns import expand_shards
 from storage.store import Store, open_store
 from tasks import evaluation, training_orders
 from tasks.classifiers import load_classifier
-from tasks.devices import emulates_bf16
+from tasks.devices import emulates_bf16, resolve_device
 from tasks.sharding import shard_dataset
 from tasks.sources import read_source
 from tasks.training import run_training
 
 SOURCE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg.tar.gz"
 _CPU = torch.device("cpu")
+_EPOCHS_ON_A_GPU = 9.9
 # Reading, noise, reports and checkpoints come on top of the steps that are timed beforehand.
 _SHARE_OF_STEPS = 0.9
 _TIMED_STEPS = 12
@@ -43,7 +45,8 @@ _TIMED_STEPS = 12
 
 def main() -> None:
     parser = benchmark_parser(__doc__, quick="half a minute of training")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training on a CPU")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--source", default=str(SOURCE), help="archive, or cifar10:FOLDER")
     options = parser.parse_args()
@@ -57,11 +60,14 @@ def main() -> None:
         return
     minutes = 0.5 if options.quick else options.minutes
     with tempfile.TemporaryDirectory(prefix="selftrain-cifar10-") as folder:
-        found = _measure(Path(folder), options.source, minutes, options.seeds, options.quick)
+        device = resolve_device(options.device)
+        found = _measure(
+            Path(folder), options.source, minutes, options.seeds, options.quick, device
+        )
     print_figures([found], as_json=options.json)
 
 
-def training_config(duration: Duration) -> TrainingConfig:
+def training_config(duration: Duration, device: torch.device = _CPU) -> TrainingConfig:
     """The recipe: flips and shifts, SGD with Nesterov momentum, a rise and a fall in lines."""
     return TrainingConfig(
         architecture=AirbenchConfig(),
@@ -76,12 +82,19 @@ def training_config(duration: Duration) -> TrainingConfig:
         warmup=_fifth_of(duration),
         ema=EmaConfig(decay=0.98),
         objective=JointConfig(label_smoothing=0.2),
-        precision="fp32" if emulates_bf16("cpu") else "bf16",
+        precision="fp32" if device == _CPU and emulates_bf16("cpu") else "bf16",
         memory_format="channels_last",
     )
 
 
-def _measure(folder: Path, source: str, minutes: float, seeds: list[int], quick: bool) -> Figure:
+def _measure(
+    folder: Path,
+    source: str,
+    minutes: float,
+    seeds: list[int],
+    quick: bool,
+    device: torch.device,
+) -> Figure:
     summary = shard_dataset(
         read_source(source, split="train"),
         str(folder / "data"),
@@ -91,17 +104,20 @@ def _measure(folder: Path, source: str, minutes: float, seeds: list[int], quick:
     )
     store = open_store(str(folder / "store"))
     labeled, test = (_indexed(store, folder / "data" / split) for split in ("labeled", "test"))
-    images = minutes * 60 * _SHARE_OF_STEPS * _images_per_second()
+    if device == _CPU:
+        images = minutes * 60 * _SHARE_OF_STEPS * _images_per_second()
+    else:
+        images = (1 if quick else _EPOCHS_ON_A_GPU) * labeled.num_samples
     duration = Duration(samples_seen=max(10_000, int(images)))
-    config = training_config(duration)
+    config = training_config(duration, device)
     steps = duration.to_steps(config.batch_size, labeled.num_samples)
     accuracies: list[float] = []
     seconds: list[float] = []
     for seed in seeds:
         began = time.monotonic()
-        model = _train(store, config, seed, labeled, summary.class_names)
+        model = _train(store, config, seed, labeled, summary.class_names, device)
         seconds.append(time.monotonic() - began)
-        accuracies.append(100 * _accuracy(store, config, model, test, summary.class_names))
+        accuracies.append(100 * _accuracy(store, config, model, test, summary.class_names, device))
         print(f"seed {seed}: {accuracies[-1]:.2f} % in {seconds[-1]:.0f} s", file=sys.stderr)
     deviation = statistics.stdev(accuracies) if len(seeds) > 1 else 0.0
     return figure(
@@ -113,14 +129,19 @@ def _measure(folder: Path, source: str, minutes: float, seeds: list[int], quick:
         against=f"a gate of 90 % (the source's recipe reaches 94 % in 9.9 epochs); std over seeds "
         f"{deviation:.2f}; {config.precision}, {steps} steps of {config.batch_size} = "
         f"{steps * config.batch_size / labeled.num_samples:.2f} epochs in "
-        f"{statistics.mean(seconds) / 60:.1f} minutes",
+        f"{statistics.mean(seconds) / 60:.1f} minutes{_name_of(device)}",
         quick=quick,
         seeds=seeds,
     )
 
 
 def _train(
-    store: Store, config: TrainingConfig, seed: int, labeled: Corpus, class_names: tuple[str, ...]
+    store: Store,
+    config: TrainingConfig,
+    seed: int,
+    labeled: Corpus,
+    class_names: tuple[str, ...],
+    device: torch.device,
 ) -> str:
     specification = training_orders.specify(
         config,
@@ -137,12 +158,17 @@ def _train(
             print(f"  step {report.step} of {total_steps}: {report.loss:.3f}", file=sys.stderr)
 
     return run_training(
-        store, order, device=_CPU, on_report=show, should_stop=lambda: False
+        store, order, device=device, on_report=show, should_stop=lambda: False
     ).fingerprint
 
 
 def _accuracy(
-    store: Store, config: TrainingConfig, model: str, test: Corpus, class_names: tuple[str, ...]
+    store: Store,
+    config: TrainingConfig,
+    model: str,
+    test: Corpus,
+    class_names: tuple[str, ...],
+    device: torch.device,
 ) -> float:
     view = {
         "image_size": config.image_size,
@@ -152,9 +178,13 @@ def _accuracy(
     specification = evaluation.specify(
         "test", model=model, corpus=test.digest, view=view, class_names=class_names
     )
-    classifier = load_classifier(store, model, device=_CPU, class_names=class_names)
+    classifier = load_classifier(store, model, device=device, class_names=class_names)
     manifest = evaluation.evaluate(store, specification, classifier, max_bad_samples=0)
     return float(evaluation.read_report(store, manifest)["accuracy"])
+
+
+def _name_of(device: torch.device) -> str:
+    return "" if device == _CPU else f" on {torch.cuda.get_device_name(device)}"
 
 
 def _indexed(store: Store, folder: Path) -> Corpus:

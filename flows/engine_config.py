@@ -22,12 +22,11 @@ class LocalEngine(BaseModel):
         description="Worker processes at most; 0: none, the run itself labels (for a debugger);"
         " auto: one for each GPU, or for each core without one; none for a small corpus.",
     )
-    threads: int = Field(
-        default=1,
-        ge=1,
-        le=1024,
-        description="CPU threads of torch in each process. More than one is for models too large to"
-        " lie in memory once for each core; it may change the last bits of a prediction.",
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        default="auto",
+        description="CPU threads of each process; auto: beside a GPU its share of the cores, which"
+        " decode for it, and else one. More than one on the CPU is for models too large to lie in"
+        " memory once for each core; it may change the last bits of a prediction.",
     )
 
 

@@ -21,7 +21,7 @@ from storage.store import Store, open_store
 from tasks import labeling
 from tasks.calibrating import dev_temperature, finished_calibration
 from tasks.classifiers import read_description
-from tasks.devices import DeviceChoice, visible_gpus
+from tasks.devices import DeviceChoice, threads_of_labeler, visible_gpus
 from tasks.label_jobs import LabelJob, label_as_a_worker
 from tasks.label_processes import LocalWorkers, OnShard, ThisProcess, WorkerProcesses
 from tasks.labeling_config import LabelingConfig, resolved_form
@@ -263,18 +263,23 @@ def local_workers(
 
     Raises: ValueError if there are fewer GPUs than workers.
     """
-    count = engines.num_local_workers(engine.processes, device, threads=engine.threads)
+    threads = engine.threads
+    count = engines.num_local_workers(
+        engine.processes, device, threads=1 if threads == "auto" else threads
+    )
     if engine.processes == "auto":
         work = work_of(missing)
-        if work < _IMAGES_WORTH_PROCESSES:
-            return ThisProcess(engine.threads)
-        count = min(count, int(work / _IMAGES_OF_A_PROCESS))
-    if count == 0:
-        return ThisProcess(engine.threads)
+        count = (
+            0 if work < _IMAGES_WORTH_PROCESSES else min(count, int(work / _IMAGES_OF_A_PROCESS))
+        )
     count = min(count, len(missing))
+    if threads == "auto":
+        threads = threads_of_labeler(device, max(count, 1))
+    if count == 0:
+        return ThisProcess(threads)
     gpus = visible_gpus() if device == "cuda" else []
     engines.refuse_shared_gpus(count, gpus, device, named="engine.processes")
-    return WorkerProcesses(count, threads=engine.threads, gpus=gpus)
+    return WorkerProcesses(count, threads=threads, gpus=gpus)
 
 
 @task(name="label-shards", **TASK_OPTIONS)

@@ -55,7 +55,7 @@ def decode_threads(device: torch.device) -> int:
     """Return in how many threads to decode beside the forward pass; 0: in turn with it.
 
     As many as torch has for itself. A CPU process with one thread has one core, on which threads
-    would only get in each other's way.
+    would only get in each other's way. Beside a GPU they are all that torch's threads are for.
     """
     threads = torch.get_num_threads()
     return 0 if device.type == "cpu" and threads == 1 else threads
@@ -67,6 +67,7 @@ def decoded_batches(
     *,
     batch_size: int,
     threads: int,
+    is_beside_gpu: bool = False,
 ) -> Generator[DecodedBatch[S]]:
     """Yield the batches of all shards in order; an empty shard has one empty batch.
 
@@ -78,6 +79,8 @@ def decoded_batches(
         views_of: the views of a shard's sample, from its (H, W, 3) pixels.
         batch_size: samples of a batch.
         threads: that decode; 0: the calling one does, nothing is decoded ahead.
+        is_beside_gpu: the CPU only decodes, so that each of these threads takes one core, and not
+            as many as torch has for itself.
     """
 
     def decode(shard: S, sample: RawSample) -> Views | BadImage:
@@ -93,7 +96,12 @@ def decoded_batches(
             batch.views.extend(decode(batch.shard, sample) for sample in batch.samples)
             yield batch
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+    torch_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(
+        threads,
+        thread_name_prefix="decode",
+        initializer=partial(torch.set_num_threads, 1) if is_beside_gpu else None,
+    ) as pool:
         ahead: deque[tuple[DecodedBatch[S], list[Future[Views | BadImage]]]] = deque()
         try:
             for batch in _cut(shards, batch_size):
@@ -105,6 +113,8 @@ def decoded_batches(
                 yield _finished(*ahead.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            if is_beside_gpu:  # the number holds for threads that start later, too
+                torch.set_num_threads(torch_threads)
 
 
 def _finished(batch: DecodedBatch[S], futures: list[Future[Views | BadImage]]) -> DecodedBatch[S]:

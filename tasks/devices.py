@@ -55,6 +55,20 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in names][:count] if names[0] else [str(i) for i in range(count)]
 
 
+def threads_of_labeler(choice: DeviceChoice, workers: int) -> int:
+    """Return how many CPU threads a process is given that labels beside so many others.
+
+    On the CPU one, since there is a process for each core. Beside a GPU its share of the cores:
+    they decode what the GPU is to be fed with.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // workers) if choice == "cuda" else 1
+
+
+def gpus_of_machine(driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """Return how many GPUs this machine has, also those that others are to use; at least one."""
+    return max(1, len(list(driver.iterdir()) if driver.is_dir() else []))
+
+
 def gpu_names() -> list[str]:
     """Return the models of this machine's GPUs, in torch's order."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

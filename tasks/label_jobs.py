@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from storage.store import open_store
 from tasks import labeling
-from tasks.devices import DeviceChoice, resolve_device
+from tasks.devices import DeviceChoice, gpus_of_machine, resolve_device, threads_of_labeler
 from tasks.ensembles import Ensemble, load_ensemble
 from tasks.labeling_config import LabelingConfig
 from tasks.predicting import Cut
@@ -94,10 +94,10 @@ def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
 def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> None:
     """Label shards in a process that is a cluster's worker.
 
-    On one CPU thread, as in the worker processes of this machine: the order of sums, and with it
-    the last bits, may depend on their number.
+    On as many CPU threads as the worker processes of one machine have each: the order of sums, and
+    with it the last bits, may depend on their number.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads_of_labeler(job.device, gpus_of_machine()))
     for _ in label_group(job, stems):
         pass
 

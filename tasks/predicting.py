@@ -123,7 +123,11 @@ def predict_shards(
         return ensemble.views(pixels, shard=shard.digest, key=key)
 
     batches = decoded_batches(
-        shards, views_of, batch_size=batch_size, threads=decode_threads(ensemble.device)
+        shards,
+        views_of,
+        batch_size=batch_size,
+        threads=decode_threads(ensemble.device),
+        is_beside_gpu=ensemble.device.type == "cuda",
     )
     kept: list[RawSample] = []
     predicted: list[BatchPrediction] = []

@@ -9,6 +9,7 @@ import torch
 
 from models.architectures import (
     ArchitectureConfig,
+    EfficientNetConfig,
     MobileNetV3Config,
     Normalization,
     ResNetConfig,
@@ -24,7 +25,9 @@ from tasks.importing import import_exported
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample-400.tar"
 NETWORKS: dict[str, ArchitectureConfig] = {
     "resnet18": ResNetConfig(name="resnet18"),
+    "resnet50": ResNetConfig(name="resnet50"),
     "mobilenet_v3_small": MobileNetV3Config(name="small"),
+    "efficientnet_b0": EfficientNetConfig(name="b0"),
 }
 IMAGE_SIZE, CROP_PADDING = 224, 32
 CLASS_NAMES = tuple(f"class-{i:04d}" for i in range(1000))
@@ -39,18 +42,20 @@ class PhotographStore:
     corpus: Corpus
 
 
-def photographs() -> list[bytes]:
+def photographs(source: Path = PHOTOGRAPHS) -> list[bytes]:
     """Return the files of the sample, all JPEGs."""
-    with tarfile.open(PHOTOGRAPHS) as tar:
+    with tarfile.open(source) as tar:
         files = [tar.extractfile(member) for member in tar if member.isfile()]
         return [file.read() for file in files if file is not None]
 
 
-def make_store(folder: Path, *, num_shards: int, shard_size: int) -> PhotographStore:
+def make_store(
+    folder: Path, *, num_shards: int, shard_size: int, source: Path = PHOTOGRAPHS
+) -> PhotographStore:
     """Write shards of the photographs, again and again under other keys, and index them."""
     store, shards = open_store(str(folder / "store")), folder / "shards"
     shards.mkdir(parents=True)
-    images = photographs()
+    images = photographs(source)
     for shard in range(num_shards):
         with tarfile.open(
             shards / f"photos-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT

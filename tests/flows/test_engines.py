@@ -207,11 +207,19 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_every_worker_has_a_gpu_of_its_own() -> None:
+def test_every_worker_has_a_gpu_and_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     workers = local_workers(LocalEngine(), "cuda", shards(10_000, 10))
     assert isinstance(workers, WorkerProcesses)
     assert [e["CUDA_VISIBLE_DEVICES"] for e in workers._environments] == ["4", "6"]
     workers.close()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    for given, threads in (("auto", "6"), (3, "3")):
+        workers = local_workers(LocalEngine(threads=given), "cuda", shards(10_000, 10))
+        assert isinstance(workers, WorkerProcesses)
+        assert [e["OMP_NUM_THREADS"] for e in workers._environments] == [threads] * 2
+        workers.close()
     with pytest.raises(ValueError, match=r"3 workers, but there are 2 GPUs \(4, 6\), and no two"):
         local_workers(LocalEngine(processes=3), "cuda", shards(10_000, 10))
 

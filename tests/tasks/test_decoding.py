@@ -104,3 +104,21 @@ def test_one_cpu_thread_decodes_in_turn_and_several_decode_ahead():
         assert decode_threads(torch.device("cpu")) == 6
     finally:
         torch.set_num_threads(before)
+
+
+def test_beside_a_gpu_each_thread_that_decodes_takes_one_core(shards):
+    seen = []
+
+    def views_of(shard, sample, pixels):
+        seen.append(torch.get_num_threads())
+        return [pixels]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in decoded_batches(shards, views_of, batch_size=2, threads=2, is_beside_gpu=True):
+            pass
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 11
