@@ -90,7 +90,7 @@ def _efficiency(
     made: PhotographStore, name: str, folder: Path, decode: float, quick: bool
 ) -> Figure:
     forward, how = labeling_gpu_speeds.best_forward(
-        name, batch_sizes=_BATCH_SIZES, seconds=0.5 if quick else 3
+        name, batch_sizes=_BATCH_SIZES, seconds=0.3 if quick else 1.5
     )
     model = put_network(made.store, name, folder)
     started = time.monotonic()

@@ -24,9 +24,10 @@ class LocalEngine(BaseModel):
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default="auto",
-        description="CPU threads of each process; auto: beside a GPU its share of the cores, which"
-        " decode for it, and else one. More than one on the CPU is for models too large to lie in"
-        " memory once for each core; it may change the last bits of a prediction.",
+        description="CPU threads of each process, or beside a GPU processes that decode for it;"
+        " auto: beside a GPU its share of the cores, and else one. More than one on the CPU is for"
+        " models too large to lie in memory once for each core; it may change the last bits of a"
+        " prediction.",
     )
 
 

@@ -17,6 +17,7 @@ _LIVE_OUTPUTS = 4
 """Activations of about the largest one's size that exist at a time: what goes in, what comes out,
 a branch beside it, and what a convolution needs to compute it."""
 _GPU_BOUNDS = (16, 1024)
+_GPU_STEP = 8
 _GPU_SHARE = 0.8  # of the free memory; the rest is for fragments and others
 
 
@@ -26,8 +27,8 @@ def find_batch_size(
     """Return the batch size that is taken where nobody asked for one.
 
     On a CPU it follows from the image's size, and is halved until its activations fit into a core's
-    share of the free memory. On a GPU batches of growing size are predicted, and the largest power
-    of two is taken whose double may not fit any more.
+    share of the free memory. On a GPU a few batches of growing size are predicted, and the largest
+    power of two is taken that fits.
 
     Args:
         image_size: side of the largest view.
@@ -58,16 +59,21 @@ def find_batch_size(
 
 
 def largest_fitting(peak_bytes: Callable[[int], int], free_bytes: int) -> int:
-    """Double the batch as long as the next one, by what this one took, stays within the memory.
+    """Return the largest power of two that, by what smaller batches took, stays within the memory.
+
+    Few sizes are tried, since a GPU's libraries take seconds to choose the kernels of each.
 
     Args:
         peak_bytes: what a batch takes while it is computed.
         free_bytes: what there is before.
     """
     batch_size, largest = _GPU_BOUNDS
-    while batch_size < largest and 2 * peak_bytes(batch_size) <= _GPU_SHARE * free_bytes:
-        batch_size *= 2
-    return batch_size
+    while True:
+        images = int(_GPU_SHARE * free_bytes * batch_size / max(1, peak_bytes(batch_size)))
+        fitting = min(max(1 << images.bit_length() >> 1, _GPU_BOUNDS[0]), largest)
+        if fitting <= batch_size:
+            return fitting
+        batch_size = min(fitting, _GPU_STEP * batch_size)
 
 
 def halved_to_fit(batch_size: int, bytes_per_image: int, free_bytes: float) -> int:

@@ -84,15 +84,10 @@ def decoded_batches(
     """
 
     def decode(shard: S, sample: RawSample) -> Views | BadImage:
-        try:
-            pixels = decode_pixels(sample.image, where=sample.key)
-        except BadImage as error:
-            return error
-        # What is cut out of larger arrays is copied here, so that they can go.
-        return [np.ascontiguousarray(view) for view in views_of(shard, sample, pixels)]
+        return decoded_views(sample, partial(views_of, shard, sample))
 
     if threads == 0:
-        for batch in _cut(shards, batch_size):
+        for batch in cut_into_batches(shards, batch_size):
             batch.views.extend(decode(batch.shard, sample) for sample in batch.samples)
             yield batch
         return
@@ -104,7 +99,7 @@ def decoded_batches(
     ) as pool:
         ahead: deque[tuple[DecodedBatch[S], list[Future[Views | BadImage]]]] = deque()
         try:
-            for batch in _cut(shards, batch_size):
+            for batch in cut_into_batches(shards, batch_size):
                 decode_one = partial(decode, batch.shard)
                 ahead.append((batch, [pool.submit(decode_one, s) for s in batch.samples]))
                 if len(ahead) > _BATCHES_AHEAD:
@@ -117,12 +112,25 @@ def decoded_batches(
                 torch.set_num_threads(torch_threads)
 
 
+def decoded_views(
+    sample: RawSample, views_of: Callable[[NDArray[np.uint8]], Views]
+) -> Views | BadImage:
+    """Decode one sample to its views, or say why that cannot be done."""
+    try:
+        pixels = decode_pixels(sample.image, where=sample.key)
+    except BadImage as error:
+        return error
+    # What is cut out of larger arrays is copied here, so that they can go.
+    return [np.ascontiguousarray(view) for view in views_of(pixels)]
+
+
 def _finished(batch: DecodedBatch[S], futures: list[Future[Views | BadImage]]) -> DecodedBatch[S]:
     batch.views.extend(future.result() for future in futures)
     return batch
 
 
-def _cut(shards: Iterable[S], batch_size: int) -> Iterator[DecodedBatch[S]]:
+def cut_into_batches(shards: Iterable[S], batch_size: int) -> Iterator[DecodedBatch[S]]:
+    """Yield the batches of all shards in order, none of them decoded."""
     for shard in shards:
         starts = range(0, max(len(shard.samples), 1), batch_size)
         for number, start in enumerate(starts):

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.aggregation import McDropoutConfig, NoUncertaintyConfig, combine
 from models.inference import Precision, log_probabilities
 from models.mc_dropout import dropout_passes
 from models.randomness import derive_seed
-from models.views import KRandomViewConfig, View, check_views, view_sizes, views_of
+from models.views import check_views, view_sizes
 from storage.store import Store
 from tasks.classifiers import (
     StoredClassifier,
@@ -21,8 +21,8 @@ from tasks.classifiers import (
     model_manifest,
     read_description,
 )
-from tasks.images import Interpolation, clean_view, random_resized_view
 from tasks.labeling_config import LabelingConfig
+from tasks.teacher_views import Shown, TeacherViews
 
 
 @dataclass(frozen=True)
@@ -76,58 +76,35 @@ class Ensemble:
     def _is_single(self) -> bool:
         return self.config.num_members(len(self.teachers)) == 1
 
-    def views(self, image: NDArray[np.uint8], *, shard: str, key: str) -> list[NDArray[np.uint8]]:
-        """Return the views of one image (H, W, 3), teacher by teacher, each (S, S, 3).
+    @property
+    def views(self) -> TeacherViews:
+        """What the teachers are shown."""
+        return TeacherViews(
+            self.config.view, tuple(Shown.of(one.description) for one in self.teachers)
+        )
 
-        Random ones are those of the shard's content and of the key in it, whatever its name is.
-        """
-        view_config = self.config.view
-        seed = view_config.seed if isinstance(view_config, KRandomViewConfig) else 0
-        stream = derive_seed(seed, "views", shard)
-        found: list[NDArray[np.uint8]] = []
-        made: dict[Any, NDArray[np.uint8]] = {}
-        for teacher in self.teachers:
-            shown = teacher.description
-            for view in views_of(
-                view_config,
-                width=image.shape[1],
-                height=image.shape[0],
-                size=shown.image_size,
-                crop_padding=shown.crop_padding,
-                stream=stream,
-                key=key,
-            ):
-                # Views that differ by their mirroring alone are resized once.
-                name = (replace(view, is_mirrored=False), shown.interpolation)
-                if name not in made:
-                    made[name] = _cut(image, view, shown.interpolation)
-                found.append(made[name][:, ::-1] if view.is_mirrored else made[name])
-        return found
-
-    def predict(
-        self, images: Sequence[list[NDArray[np.uint8]]], *, shard: str, batch: int
-    ) -> BatchPrediction:
+    def predict(self, views: Sequence[Tensor], *, shard: str, batch: int) -> BatchPrediction:
         """Predict a batch.
 
         Args:
-            images: B lists, each as `views` gives them.
+            views: T * V tensors (B, S, S, 3) uint8, in the order of `views`.
             shard: digest of the shard.
             batch: which of the shard's batches it is; with `shard` it settles what dropout drops.
         """
         log_probs: list[NDArray[np.float32]] = []
         log_sums: list[NDArray[np.float32]] = []
-        slots = list(zip(*images, strict=True))  # B lists of T * V views -> T * V tuples of B
-        num_views = len(slots) // len(self.teachers)
-        for slot, views in enumerate(slots):
+        num_views = len(views) // len(self.teachers)
+        for slot, images in enumerate(views):
             teacher = slot // num_views
             with self._dropout(teacher, slot, shard=shard, batch=batch):
-                probs, sums = forward(views, self.teachers[teacher], self.config.precision)
+                probs, sums = forward(images, self.teachers[teacher], self.config.precision)
             log_probs.append(probs)
             log_sums.append(sums)
         if self._is_single:
             return BatchPrediction(log_probs[0], log_sums[0])
-        passes = len(log_probs[0]) // len(images)
-        members = (len(self.teachers), num_views, passes, len(images))
+        num_images = len(views[0])
+        passes = len(log_probs[0]) // num_images
+        members = (len(self.teachers), num_views, passes, num_images)
         combined = combine(
             torch.from_numpy(np.stack(log_probs)).reshape(*members, -1),
             torch.from_numpy(np.stack(log_sums)).reshape(members),
@@ -222,23 +199,17 @@ def _trained_dropout(store: Store, model: str) -> float:
     return float(rate)
 
 
-def _cut(image: NDArray[np.uint8], view: View, interpolation: Interpolation) -> NDArray[np.uint8]:
-    if view.box is None:
-        return clean_view(image, view.size, view.crop_padding, interpolation)
-    return random_resized_view(image, view.size, view.box, interpolation)
-
-
 def forward(
-    views: Sequence[NDArray[np.uint8]], classifier: StoredClassifier, precision: Precision
+    views: Tensor, classifier: StoredClassifier, precision: Precision
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return (B, C) log-probabilities and (B,) logsumexp of B views (S, S, 3).
+    """Return (B, C) log-probabilities and (B,) logsumexp of B views (B, S, S, 3) uint8.
 
     Under `dropout_passes` there are P * B rows.
     """
     is_remote = classifier.device.type == "cuda"
-    stacked = torch.empty((len(views), *views[0].shape), dtype=torch.uint8, pin_memory=is_remote)
-    np.stack(views, out=stacked.numpy())
+    if is_remote and not views.is_pinned():
+        views = views.pin_memory()
     # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy on the way to the device.
-    images = stacked.permute(0, 3, 1, 2).to(classifier.device, non_blocking=is_remote)
+    images = views.permute(0, 3, 1, 2).to(classifier.device, non_blocking=is_remote)
     log_probs, log_sums = log_probabilities(classifier.ready(precision), images)
     return log_probs.cpu().numpy(), log_sums.cpu().numpy()

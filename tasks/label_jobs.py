@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from storage.store import open_store
 from tasks import labeling
+from tasks.decode_processes import prepare_processes
 from tasks.devices import DeviceChoice, gpus_of_machine, resolve_device, threads_of_labeler
 from tasks.ensembles import Ensemble, load_ensemble
 from tasks.labeling_config import LabelingConfig
@@ -58,18 +59,23 @@ class LabelJob:
 _form = TypeAdapter(LabelJob)
 
 
-def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
+def label_group(job: LabelJob, stems: Sequence[str], *, decode_processes: int = 0) -> Iterator[int]:
     """Label shards one by one and yield the number of samples of each once it is committed.
 
     Models are loaded once a process. The first worker to get here settles the batch size for all.
+    `decode_processes` of this process's children decode; 0: threads of its own do.
     """
     store = open_store(job.store)
+    if decode_processes:
+        prepare_processes()  # while the models are loaded
     ensemble = _ensemble(job)
 
     def predict(batch_size: int) -> object:
         side = ensemble.largest_view
-        views = ensemble.views(np.zeros((side, side, 3), np.uint8), shard=job.corpus, key="")
-        return ensemble.predict([views] * batch_size, shard=job.corpus, batch=0)
+        image = np.zeros((side, side, 3), np.uint8)
+        views = ensemble.views.of_image(image, shard=job.corpus, key="")
+        batch = [torch.from_numpy(np.stack([view] * batch_size)) for view in views]
+        return ensemble.predict(batch, shard=job.corpus, batch=0)
 
     batch_size = labeling.resolve_batch_size(
         store,
@@ -88,6 +94,7 @@ def label_group(job: LabelJob, stems: Sequence[str]) -> Iterator[int]:
         batch_size=batch_size,
         max_bad_samples=job.max_bad_samples,
         cut=job.cut,
+        decode_processes=decode_processes,
     )
 
 

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until stdin ends; after SIGTERM a group ends with its shard in progress."""
     parser = argparse.ArgumentParser(prog="python -m tasks.label_worker", description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    torch.set_num_threads(parser.parse_args(arguments).threads)
+    threads = parser.parse_args(arguments).threads
     # Stdout is the parent's: nothing that a library prints may get in between.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            for num_samples in label_group(LabelJob.from_json(order["job"]), order["stems"]):
+            job = LabelJob.from_json(order["job"])
+            # Beside a GPU these threads are processes that decode.
+            decoders = threads if job.device == "cuda" else 0
+            torch.set_num_threads(1 if decoders else threads)
+            for num_samples in label_group(job, order["stems"], decode_processes=decoders):
                 _answer(answers, {"done": num_samples})
                 if is_stopping:
                     break

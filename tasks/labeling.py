@@ -38,10 +38,11 @@ from tasks.ensembles import Ensemble
 from tasks.images import CONVERSION
 from tasks.labeling_config import LabelingConfig, resolved_form
 from tasks.overlapping import read_ahead, write_behind
-from tasks.predicting import Cut, OpenShard, Predicted, predict_shards
+from tasks.predicting import Cut, Predicted, predict_shards
 from tasks.shard_items import BadSampleBudget
 from tasks.shard_records import read_of_each
 from tasks.specifications import Specification, folder_of
+from tasks.view_batches import OpenShard
 
 VERSION = 1
 LABELER_VERSION = 2
@@ -184,11 +185,13 @@ def label_shards(
     batch_size: int,
     max_bad_samples: int,
     cut: Cut | None = None,
+    decode_processes: int = 0,
 ) -> Iterator[int]:
     """Label shards one by one and yield the number of samples of each once it is committed.
 
     One shard is read ahead and one written behind. Shards that are recorded already are passed
-    over and come first. With `cut` the top_k form is stored, else the full one.
+    over and come first. With `cut` the top_k form is stored, else the full one. Beside a GPU
+    `decode_processes` of this process's children feed it.
 
     Raises: TooManyBadSamples, MissingShard, CorruptShard.
     """
@@ -226,7 +229,12 @@ def label_shards(
     for shard in wanted:
         if shard.stem not in missing_stems:
             yield shard.num_samples
-    labeled = predict_shards(read_ahead(missing, read), ensemble, batch_size=batch_size)
+    labeled = predict_shards(
+        read_ahead(missing, read),
+        ensemble,
+        batch_size=batch_size,
+        decode_processes=decode_processes if missing else 0,
+    )
     yield from write_behind(labeled, write)
 
 

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from models.top_k_probs import cut_to_top_k
 from storage.predictions import Listed, Predictions
 from storage.samples import RawSample, in_shard_key
-from tasks.decoding import Views, decode_threads, decoded_batches
+from tasks.decode_processes import view_batches_from_processes
+from tasks.decoding import decode_threads
 from tasks.ensembles import BatchPrediction, Ensemble
-from tasks.images import BadImage
 from tasks.shard_items import BadSampleBudget
+from tasks.view_batches import OpenShard, view_batches
 
 
 class Cut(NamedTuple):
@@ -92,55 +93,51 @@ class Predicted:
         )
 
 
-@dataclass(frozen=True)
-class OpenShard:
-    """A shard that was read.
-
-    Attributes:
-        digest: sha256 of the shard, which random views and dropout go by.
-        samples: in the shard's order.
-        budget: of its bad samples; knows its stem.
-    """
-
-    digest: str
-    samples: Sequence[RawSample]
-    budget: BadSampleBudget
-
-
 def predict_shards(
-    shards: Iterable[OpenShard], ensemble: Ensemble, *, batch_size: int
+    shards: Iterable[OpenShard],
+    ensemble: Ensemble,
+    *,
+    batch_size: int,
+    decode_processes: int = 0,
 ) -> Iterator[tuple[OpenShard, Predicted]]:
     """Predict every decodable sample, shard by shard.
 
     Batches are cut by position in the shard, so that a run that skips a shard computes the same
     bits for the others. Undecodable samples are counted in the shard's budget and left out.
 
+    Args:
+        shards: in the order in which they come back.
+        ensemble: who predicts.
+        batch_size: samples of a batch.
+        decode_processes: children of this process that decode; 0: it decodes itself.
     Raises: TooManyBadSamples; ValueError if a model gives NaN.
     """
-
-    def views_of(shard: OpenShard, sample: RawSample, pixels: NDArray[np.uint8]) -> Views:
-        key = in_shard_key(sample.key, shard.budget.stem)
-        return ensemble.views(pixels, shard=shard.digest, key=key)
-
-    batches = decoded_batches(
-        shards,
-        views_of,
-        batch_size=batch_size,
-        threads=decode_threads(ensemble.device),
-        is_beside_gpu=ensemble.device.type == "cuda",
-    )
+    is_beside_gpu = ensemble.device.type == "cuda"
+    if decode_processes:
+        batches = view_batches_from_processes(
+            shards,
+            ensemble.views,
+            batch_size=batch_size,
+            processes=decode_processes,
+            is_pinned=is_beside_gpu,
+        )
+    else:
+        batches = view_batches(
+            shards,
+            ensemble.views,
+            batch_size=batch_size,
+            threads=decode_threads(ensemble.device),
+            is_beside_gpu=is_beside_gpu,
+        )
     kept: list[RawSample] = []
     predicted: list[BatchPrediction] = []
     for batch in batches:
-        views: list[Views] = []
-        for sample, found in zip(batch.samples, batch.views, strict=True):
-            if isinstance(found, BadImage):
-                batch.shard.budget.spend(sample.key, found)
-            else:
-                kept.append(sample)
-                views.append(found)
-        if views:
-            predicted.append(ensemble.predict(views, shard=batch.shard.digest, batch=batch.number))
+        for key, error in batch.bad.items():
+            batch.shard.budget.spend(key, error)
+        kept.extend(batch.samples)
+        if batch.views:
+            views, shard = batch.views, batch.shard.digest
+            predicted.append(ensemble.predict(views, shard=shard, batch=batch.number))
         if batch.is_last:
             yield batch.shard, _joined(batch.shard, kept, ensemble.joined(predicted))
             kept, predicted = [], []

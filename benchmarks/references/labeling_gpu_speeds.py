@@ -3,9 +3,9 @@
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -14,13 +14,14 @@ from benchmarks.references.labeling_data import CLASS_NAMES, CROP_PADDING, IMAGE
 from benchmarks.references.labeling_speeds import num_processes
 from models.architectures import Normalization, build_classifier
 from models.inference import InferenceNetwork, Precision
+from models.views import CleanViewConfig
 from storage.corpus import Shard, load_corpus, load_locations, read_samples
 from storage.store import open_store
-from tasks.decoding import decoded_batches
-from tasks.images import clean_view
+from tasks.decode_processes import view_batches_from_processes
 from tasks.overlapping import read_ahead
-from tasks.predicting import OpenShard
 from tasks.shard_items import BadSampleBudget
+from tasks.teacher_views import Shown, TeacherViews
+from tasks.view_batches import OpenShard
 
 _CUDA = torch.device("cuda")
 # What torchvision hands to the decoder at a time; a few sizes were tried and differ little.
@@ -29,6 +30,7 @@ _GPU_DECODE_BATCH = 100
 
 def stage_decoding(store_url: str, digest: str, *, batch_size: int, num_shards: int) -> float:
     """Images a second of reading, decoding and resizing as the stage does it beside a GPU."""
+    torch.set_num_threads(1)  # as in a label worker, whose cores are for those that decode
     store = open_store(store_url)
     corpus, locations = load_corpus(store, digest), load_locations(store, digest)
 
@@ -36,22 +38,18 @@ def stage_decoding(store_url: str, digest: str, *, batch_size: int, num_shards: 
         samples = read_samples(corpus, locations, shard.stem)
         return OpenShard(shard.digest, samples, BadSampleBudget(shard.stem, 0))
 
-    def decode(shards: Sequence[Shard]) -> int:
-        count = 0
-        for batch in decoded_batches(
-            read_ahead(shards, read),
-            lambda shard, sample, pixels: [
-                clean_view(pixels, IMAGE_SIZE, CROP_PADDING, "bilinear")
-            ],
-            batch_size=batch_size,
-            threads=num_processes(),
-            is_beside_gpu=True,
-        ):
-            count += len(np.stack([views[0] for views in batch.views]))  # type: ignore[index]
-        return count
-
-    decode(corpus.shards[:1])
-    return _rate(lambda: decode(corpus.shards[:num_shards]))
+    batches = view_batches_from_processes(
+        read_ahead(corpus.shards[: 1 + num_shards], read),
+        TeacherViews(CleanViewConfig(), (Shown(IMAGE_SIZE, CROP_PADDING, "bilinear"),)),
+        batch_size=batch_size,
+        processes=num_processes(),
+        is_pinned=True,
+    )
+    with closing(batches):
+        for batch in batches:  # the first shard: processes start meanwhile
+            if batch.is_last:
+                break
+        return _rate(lambda: sum(len(batch.samples) for batch in batches))
 
 
 def gpu_decoding(paths: Sequence[Path]) -> float:

@@ -27,8 +27,8 @@ from tasks.decoding import decoded_batches
 from tasks.devices import emulates_bf16
 from tasks.images import clean_view
 from tasks.overlapping import read_ahead
-from tasks.predicting import OpenShard
 from tasks.shard_items import BadSampleBudget
+from tasks.view_batches import OpenShard
 
 _BATCH = 16
 

@@ -33,7 +33,7 @@ def test_a_cpus_batch_holds_a_number_of_pixels(image_size, expected):
         (1, 16),
     ],
 )
-def test_a_gpus_batch_is_doubled_as_long_as_the_next_one_fits(free_bytes, expected):
+def test_a_gpus_batch_is_the_largest_power_of_two_that_fits(free_bytes, expected):
     tried = []
 
     def peak_bytes(batch_size):
@@ -42,6 +42,13 @@ def test_a_gpus_batch_is_doubled_as_long_as_the_next_one_fits(free_bytes, expect
 
     assert largest_fitting(peak_bytes, free_bytes) == expected
     assert all(10 * batch_size <= max(free_bytes, 160) for batch_size in tried)
+    assert len(tried) <= 3, "of each size the kernels are chosen anew"
+
+
+def test_a_gpus_batch_that_takes_more_than_its_share_is_not_kept():
+    # 16 take 160 and let 1,024 hope; but 128 take 10,000 of the 8,000 that may be taken.
+    taken = {16: 160, 128: 10_000}
+    assert largest_fitting(taken.__getitem__, 10_000) == 64
 
 
 @pytest.mark.parametrize(
