@@ -189,7 +189,10 @@ class WorkerProcesses:
     def close(self) -> None:
         """End all workers, which have nothing to do, and wait for them."""
         self._stopping.set()
-        for worker in self._running.values():
+        workers = list(self._running.values())
+        for worker in workers:
+            worker.close_input()  # of all before the first is waited for: they end side by side
+        for worker in workers:
             worker.end(_STOP_GRACE_SECONDS)
         self._forking.shutdown()
 
@@ -266,15 +269,19 @@ class _Worker:
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)  # nothing, once it is known to have ended
 
+    def close_input(self) -> None:
+        """Let the worker end by itself as soon as it has nothing to do."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError, ValueError):
+            self._process.stdin.close()
+
     def end(self, grace_seconds: float) -> None:
         """Close the worker's input, upon which it ends; kill what is left of its group then."""
         with self._ending:
             if self._is_ended:
                 return  # its process id may be another's by now
             self._is_ended = True
-            assert self._process.stdin is not None
-            with suppress(BrokenPipeError, ValueError):
-                self._process.stdin.close()
+            self.close_input()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_seconds)
             with suppress(ProcessLookupError):

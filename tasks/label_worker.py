@@ -67,4 +67,8 @@ def _answer(answers: TextIO, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    # All that was labelled is committed and answered. To take the interpreter apart with all of
+    # torch in it costs a second, for which the labelling would wait.
+    os._exit(code)

@@ -198,6 +198,35 @@ def test_a_failure_that_may_pass_comes_with_the_end_of_the_output(
         workers(1).label(job, ["a", "fails"], lambda num_samples: None)
 
 
+# Ends well once another worker has come to its end as well; exit code 3 if none does.
+_WAITS_FOR_ANOTHER = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+for line in sys.stdin:
+    print(json.dumps({"ended": "ok"}), flush=True)
+(folder / f"{os.getpid()}.ended").touch()
+deadline = time.monotonic() + 15
+while len(list(folder.glob("*.ended"))) < 2:
+    if time.monotonic() > deadline:
+        sys.exit(3)
+    time.sleep(0.01)
+"""
+
+
+def test_workers_that_have_nothing_to_do_end_side_by_side(
+    job: LabelJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", _WAITS_FOR_ANOTHER, str(tmp_path)]
+    monkeypatch.setattr(label_processes, "_COMMAND", command)
+    two = WorkerProcesses(2, threads=1)
+    for _ in range(2):  # a slot that was used goes behind the other
+        two.label(job, ["a"], lambda num_samples: None)
+    processes = [worker._process for worker in two._running.values()]
+    two.close()
+    assert [process.returncode for process in processes] == [0, 0]
+
+
 def test_each_worker_sees_one_gpu_and_workers_on_the_cpu_see_none() -> None:
     workers = WorkerProcesses(2, threads=3, gpus=["2", "MIG-7"])
     assert [e["CUDA_VISIBLE_DEVICES"] for e in workers._environments] == ["2", "MIG-7"]
