@@ -1,4 +1,6 @@
-"""Groups of about equal work: every shard once, in order, and enough for all workers."""
+"""Groups by work: every shard once, in order, enough for all workers, and the last ones small."""
+
+import heapq
 
 import pytest
 from hypothesis import given
@@ -41,12 +43,40 @@ def test_groups_are_cut_by_work_and_not_by_number():
     assert groups == [[40_000]] + [[4_000] * 10] * 7
 
 
+def test_groups_of_several_workers_shrink_evenly():
+    # Four groups for each of two workers, in the proportion of the odd numbers 15, 13, ..., 1.
+    groups = group_shards(shards_of([100] * 64), "auto", num_workers=2)
+    assert [len(group) for group in groups] == [15, 13, 11, 9, 7, 5, 3, 1]
+
+
+def test_a_worker_that_is_late_and_slow_keeps_the_other_waiting_for_less_than_a_shard():
+    groups = group_shards(shards_of([100] * 64), "auto", num_workers=2)
+    # A shard takes one worker 1.0; the other starts 5.0 later and takes 1.2.
+    workers = [(0.0, 1.0), (5.0, 1.2)]
+    for group in groups:  # handed to whoever is free first
+        free_at, seconds = heapq.heappop(workers)
+        heapq.heappush(workers, (free_at + len(group) * seconds, seconds))
+    (first, _), (last, _) = sorted(workers)
+    assert last - first < 1.0  # 6.2 with eight equal groups
+
+
 def test_a_large_corpus_has_a_hundred_groups_or_one_for_each_worker():
     shards = shards_of([100_000] * 10_000)
-    for num_workers, expected in ((8, 100), (300, 300)):
-        groups = group_shards(shards, "auto", num_workers=num_workers)
-        assert len(groups) == expected
-        assert {len(group) for group in groups} <= {10_000 // expected, 10_000 // expected + 1}
+    groups = group_shards(shards, "auto", num_workers=8)
+    sizes = [len(group) for group in groups]
+    # In the proportion of 199, 197, ..., 1, which add up to 10,000.
+    assert sizes == list(range(199, 0, -2))
+    # With one group each there is nothing to even out at the end.
+    assert {len(group) for group in group_shards(shards, "auto", num_workers=300)} <= {33, 34}
+
+
+def test_no_group_is_more_than_half_of_what_a_worker_gets():
+    # 100 groups for 40 workers, 2.5 each: half of 2.5 is 1.25 of the mean of 100 shards for the
+    # first (1.2475, for it lies half a step below), and 0.75 are left for the last.
+    groups = group_shards(shards_of([100_000] * 10_000), "auto", num_workers=40)
+    sizes = [len(group) for group in groups]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (125, 75)
 
 
 def test_a_given_number_of_shards_is_obeyed():
