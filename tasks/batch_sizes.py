@@ -114,6 +114,12 @@ class _LargestOutput(TorchDispatchMode):
 
     num_bytes = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here. To have its compiler leave this class alone torch (2.15) would
+        # load it, which takes two seconds.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -16,7 +16,10 @@ from typing import Any, TextIO
 
 import torch
 
-from tasks.label_jobs import LabelJob, label_group
+from models.deferred_compiler import compiler_deferred
+
+with compiler_deferred():  # nothing is compiled here, and all else waits for the imports
+    from tasks.label_jobs import LabelJob, label_group
 
 # What the user's input or the computation itself causes comes back on every try.
 REFUSALS = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)

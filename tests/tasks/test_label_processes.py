@@ -1,7 +1,9 @@
 """Worker processes on this machine: same bytes, replaced when they die, stopped between shards."""
 
 import hashlib
+import json
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -98,6 +100,29 @@ def test_two_processes_give_the_bytes_of_one_and_report_every_shard(
         two.label(job_of(taught, job.models[0], corpus=corpus), ["x-0"], sizes.append)
     two.label(job, stems_of(taught), sizes.append)
     assert sizes == [10] * 10
+
+
+def test_a_worker_labels_without_the_compiler(pipeline: Any, taught: Any) -> None:
+    # The batch size is found, too.
+    job = job_of(taught, pipeline.teacher.fingerprint, config=LabelingConfig())
+    # The worker's end of stdout is its parent's alone: what is printed goes to stderr.
+    script = (
+        "import sys; from tasks.label_worker import main; main([])\n"
+        "print({'torch', 'torch._dynamo', 'sympy'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps({"job": job.to_json(), "stems": stems_of(taught)[:1]}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"done": 10},
+        {"ended": "ok"},
+    ]
+    assert done.stderr.splitlines()[-1] == "{'torch'}", "its import would take longer than all else"
 
 
 def test_a_stopped_worker_ends_after_its_present_shard(
