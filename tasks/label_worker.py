@@ -20,6 +20,7 @@ from models.deferred_compiler import compiler_deferred
 
 with compiler_deferred():  # nothing is compiled here, and all else waits for the imports
     from tasks.label_jobs import LabelJob, label_group
+from tasks.kept_memory import keep_freed_memory
 
 # What the user's input or the computation itself causes comes back on every try.
 REFUSALS = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.label_worker", description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     threads = parser.parse_args(arguments).threads
+    keep_freed_memory()
     # Stdout is the parent's: nothing that a library prints may get in between.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
