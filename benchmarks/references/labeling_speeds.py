@@ -26,6 +26,7 @@ from storage.store import open_store
 from tasks.decoding import decoded_batches
 from tasks.devices import emulates_bf16
 from tasks.images import clean_view
+from tasks.kept_memory import keep_freed_memory
 from tasks.overlapping import read_ahead
 from tasks.shard_items import BadSampleBudget
 from tasks.view_batches import OpenShard
@@ -54,6 +55,7 @@ def images_per_second(work: Callable[..., int], shares: Sequence[tuple[Any, ...]
 
 def _timed(work: Callable[..., int], share: tuple[Any, ...], barrier: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in the stage's workers
     work(*share, is_warmup=True)
     barrier.wait()
     started = time.monotonic()
