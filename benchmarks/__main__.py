@@ -16,7 +16,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
-_NOT_BENCHMARKS = {"__init__", "__main__", "figures"}
+_NOT_BENCHMARKS = {"__init__", "__main__", "figures", "postgres"}
 
 
 def main() -> int:

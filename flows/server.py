@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,21 +67,27 @@ class ServerNotStarted(RuntimeError):
 
 
 @contextmanager
-def prefect_server(*, port: int | None = None) -> Iterator[PrefectServer]:
+def prefect_server(
+    *, port: int | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[PrefectServer]:
     """Yield the server that PREFECT_API_URL names, or start one and stop it afterwards.
 
     Ours is a process of its own on loopback, on the database of the user's PREFECT_HOME, so that
     `selftrain ui` shows the run later. It dies with this process, also under kill -9. The embedded
     server of Prefect is not used: it stops before its queue of task states is empty.
+
+    Args:
+        port: to listen on; a free one by default.
+        settings: environment variables of a server of ours, which go before those it has anyway.
     """
     configured = PREFECT_API_URL.value()
     if configured:
         yield PrefectServer(api_url=configured, is_ours=False)
         return
-    port = port or _free_port()
+    port = port or free_port()
     log_path = Path(mkdtemp(prefix="selftrain-prefect-")) / "server.log"
     with log_path.open("wb") as log:
-        process = start_server_process(port, log)
+        process = start_server_process(port, log, settings=settings)
         try:
             api_url = f"http://127.0.0.1:{port}/api"
             wait_until_healthy(api_url, process, log_path=log_path)
@@ -103,13 +109,16 @@ def prefect_server(*, port: int | None = None) -> Iterator[PrefectServer]:
             stop_process_group(process, grace_seconds=20)
 
 
-def start_server_process(port: int, log: Any) -> "subprocess.Popen[bytes]":
+def start_server_process(
+    port: int, log: Any, *, settings: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
     """Start Prefect's API and UI on 127.0.0.1:`port`; its output goes to the open file `log`."""
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--timeout-keep-alive", "5"]
     environment = {
         **os.environ,
         **_SERVER_SETTINGS,
+        **(settings or {}),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
@@ -212,7 +221,8 @@ def _tail(path: Path) -> str:
     return path.read_text(errors="replace")[-2000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

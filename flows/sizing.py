@@ -1,4 +1,4 @@
-"""What a Prefect server on SQLite takes, and a warning before a run would ask for more."""
+"""What a Prefect server takes, and a warning before a run would ask for more."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,9 @@ from flows.config import SelfTrainingConfig
 from flows.planning import PlannedStage
 
 MAX_TASK_RUNS = 1_000
-"""Task runs of one stage that a server on SQLite takes with room to spare, however fast they come:
-bursts of 3,000 were recorded whole, of 5,000 a tenth was dropped (benchmarks/task_runs.py)."""
+"""Task runs of one stage that a server takes with room to spare, however fast they come, on SQLite
+and on Postgres: its queues hold the events of 3,000, and of bursts of 5,000 a tenth to a fifth was
+dropped (benchmarks/task_runs.py)."""
 
 
 def warnings_of(stages: Sequence[PlannedStage], config: SelfTrainingConfig) -> list[str]:
