@@ -1,4 +1,4 @@
-"""Answer what a run asks, and go on with it: as a flow, whose form is what the Prefect UI shows."""
+"""Answer what a run asks, and go on with it: a flow, whose form is what the Prefect UI shows."""
 
 import os
 from typing import Any
@@ -9,6 +9,7 @@ from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.approvals import Answer, Approval, answer
+from flows.going_on import go_on_by_deployment
 from flows.opening import reopen_run
 from flows.self_training import self_training
 from storage.store import open_store
@@ -37,7 +38,11 @@ class ApprovalForm(BaseModel):
         ge=0,
         description="The round that the answer is meant for; another one is refused. Null: any.",
     )
-    resume: bool = Field(default=True, description="Go on with the run in this flow.")
+    resume: bool = Field(
+        default=True,
+        description="Go on with the run: by a new flow run of the deployment that it was started"
+        " from; in this flow if it was not.",
+    )
     store: str | None = Field(
         default=None, description="Folder or URL of the store; null: the worker's SELFTRAIN_STORE."
     )
@@ -50,12 +55,14 @@ def _flow_run_name() -> str:
 
 @flow(name="approve", flow_run_name=_flow_run_name, persist_result=False)
 def approve(form: ApprovalForm) -> Any:
-    """Record the answer to what a run asks, and go on with the run where it was.
+    """Record the answer to what a run asks, and have the run go on from where it was.
 
     The answer is in the store before anything else happens: if this flow is killed, run it again
     with the same answer, or `selftrain resume RUN`.
 
-    Returns: the run's status, as `selftrain status --json` prints it; without `resume` the answer.
+    Returns: the run's status, as `selftrain status --json` prints it, if it went on in this flow;
+        else the answer, with the flow run that goes on, if any.
+    Raises: as `answer` and `go_on_by_deployment`.
     """
     url = form.store or os.environ.get("SELFTRAIN_STORE")
     if not url:
@@ -74,6 +81,10 @@ def approve(form: ApprovalForm) -> Any:
     if not form.resume:
         message = f"{_recorded(form.run, approval)}; selftrain resume {form.run} goes on"
         return Completed(message=message, data=approval.to_json())
+    goes_on = go_on_by_deployment(store, form.run)
+    if goes_on is not None:
+        message = f"{_recorded(form.run, approval)}; it {goes_on.in_words()}"
+        return Completed(name="GoesOn", message=message, data=approval.to_json() | goes_on.ids())
     config = reopen_run(store, form.run).config.model_copy(update={"store": store.url})
     state = self_training(config, return_state=True)
     status = state.result()

@@ -29,7 +29,12 @@ def approve(
         typer.Option("--round", help="The round that is meant; refuse if the run asks of another."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with the run, here and now.")
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with the run: by a new flow run of the deployment that started it, or here"
+            " and now if none did.",
+        ),
     ] = True,
     store: Store = None,
     as_json: Json = False,
@@ -41,6 +46,7 @@ def approve(
     Example: `selftrain approve my-run --round 1 --threshold 0.8 --comment "looks balanced"`
     """
     from flows.approvals import answer
+    from flows.going_on import go_on_by_deployment
     from flows.opening import reopen_run
     from flows.running import resume_command, run_and_show
     from flows.terminal import err
@@ -59,12 +65,18 @@ def approve(
     config = reopen_run(opened, run).config.model_copy(update={"store": opened.url})
     recorded = "recorded" if is_new else "was recorded before"
     err.print(f"{recorded}: {approval.in_words()}", highlight=False, markup=False)
+    answered = {"run": run, "store": opened.url, **approval.to_json()}
     if resume:
-        run_and_show(config, as_json)
-        return
-    err.print(f"go on with: {resume_command(config)}", highlight=False, soft_wrap=True)
+        goes_on = go_on_by_deployment(opened, run)
+        if goes_on is None:
+            run_and_show(config, as_json)
+            return
+        err.print(f"{run} {goes_on.in_words()}", highlight=False, soft_wrap=True)
+        answered |= goes_on.ids()
+    else:
+        err.print(f"go on with: {resume_command(config)}", highlight=False, soft_wrap=True)
     if as_json:
-        print_json({"run": run, "store": opened.url, **approval.to_json()})
+        print_json(answered)
 
 
 def _user() -> str:

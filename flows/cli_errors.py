@@ -18,7 +18,7 @@ FAILED, WRONG_USAGE, STOPPED = 1, 2, 3
 _WRONG_USAGE = {
     *("ConfigError", "RunExists", "UnknownRun", "UnknownModel", "ClassesMismatch"),
     *("UnknownSample", "OutputMismatch", "UnknownWorkPool", "UnknownBlock"),
-    *("NotWaiting", "AlreadyDecided"),
+    *("NotWaiting", "AlreadyDecided", "DeploymentOutOfReach"),
 }
 _STOPPED = {
     "StoppedOnRequest",

@@ -19,6 +19,7 @@ from flows.approvals import (
     thresholds_by_round,
 )
 from flows.artifacts import artifact_key, show_results, tagged
+from flows.going_on import asking_flow_run
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.guarding import guard_corpus
 from flows.labeling import LabelingOrder
@@ -305,6 +306,7 @@ class RunDriver:
                 question=kind,
                 round_index=round_index,
                 model=model.fingerprint,
+                **asking_flow_run(),
             )
             self._show_results()  # who answers looks at them
             raise WaitingForApproval(read_status(store, name).question_in_words())

@@ -2,24 +2,18 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterName,
-    FlowRunFilterParentFlowRunId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.states import Completed, Crashed, Scheduled
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Completed, Crashed
 
+from flows.deployed_runs import IS_ALIVE, alive_flow_runs, schedule_again
 from flows.operating_config import RestartConfig
-from flows.restart_policy import GiveUp, Restart, decide, progress_marks
+from flows.restart_policy import GiveUp, decide, progress_marks
 from flows.run_events import GIVEN_UP, emit_run_event, related_to
 from flows.self_training import resolved_name
 from storage.runs import append_event, read_events
@@ -27,8 +21,6 @@ from storage.store import open_store
 
 # A restart whose own machine is lost is started again likewise; so often, then a person must look.
 MAX_CHAIN = 5
-
-_ALIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
 
 
 # Retried, because it must outlive the trouble that it is there for: a store or server out of reach.
@@ -62,7 +54,8 @@ def restart_run(flow_run_id: UUID, restart: RestartConfig | None = None) -> Stat
         _close_subflows(client, crashed)
         key = f"restart-{occasion}"
         # One with this key is what an invocation made that was lost before it could record it.
-        if others := [one for one in _alive(client, name) if one.idempotency_key != key]:
+        alive = alive_flow_runs(client, name)
+        if others := [one for one in alive if one.idempotency_key != key]:
             ids = ", ".join(str(one.id) for one in others)
             return Completed(name="Skipped", message=f"run {name} goes on already: {ids}")
         marks = progress_marks(store, name)
@@ -84,7 +77,7 @@ def restart_run(flow_run_id: UUID, restart: RestartConfig | None = None) -> Stat
                 " store: look at the logs of its flow runs; once the cause is gone, retry the last"
                 " of them, or `selftrain resume`",
             )
-        new = _scheduled_again(client, crashed, name, decision, key)
+        new = schedule_again(client, crashed, name, delay_seconds=decision.delay_seconds, key=key)
         # After it, so that a loss in between leaves a run and not only the record of one.
         append_event(
             store,
@@ -100,24 +93,6 @@ def restart_run(flow_run_id: UUID, restart: RestartConfig | None = None) -> Stat
         name="Restarted",
         message=f"run {name} starts again at {new.expected_start_time:%H:%M:%S} UTC, flow run"
         f" {new.id}, restart {decision.number} of {policy.max_restarts} without progress",
-    )
-
-
-def _scheduled_again(
-    client: SyncPrefectClient, crashed: FlowRun, name: str, restart: Restart, key: str
-) -> FlowRun:
-    """Create the flow run that goes on, or return the one that has this idempotency key."""
-    assert crashed.deployment_id is not None, "_crashed_run has seen to it"
-    # Under the name that its run has in the store: a scheduled run has it from the time it was due,
-    # which that of a restart is not.
-    config = {**crashed.parameters["config"], "name": name}
-    start = datetime.now(UTC) + timedelta(seconds=restart.delay_seconds)
-    return client.create_flow_run_from_deployment(
-        crashed.deployment_id,
-        parameters={**crashed.parameters, "config": config},
-        state=Scheduled(scheduled_time=start),
-        name=name,
-        idempotency_key=key,
     )
 
 
@@ -158,23 +133,10 @@ def _store_url(crashed: FlowRun) -> str:
     return url
 
 
-def _alive(client: SyncPrefectClient, name: str) -> list[FlowRun]:
-    """Return the flow runs of a run that are going on or will."""
-    return client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            name=FlowRunFilterName(any_=[name]), state=_state_filter(_ALIVE)
-        )
-    )
-
-
 def _close_subflows(client: SyncPrefectClient, crashed: FlowRun) -> None:
     """Have what ran within the flow run crash with it; nobody else would ever say so."""
     parents = FlowRunFilterParentFlowRunId(any_=[crashed.id])
-    running = FlowRunFilter(parent_flow_run_id=parents, state=_state_filter(_ALIVE))
+    running = FlowRunFilter(parent_flow_run_id=parents, state=IS_ALIVE)
     for one in client.read_flow_runs(flow_run_filter=running):
         message = f"flow run {crashed.name}, of which it is a part, has crashed"
         client.set_flow_run_state(one.id, Crashed(message=message), force=True)
-
-
-def _state_filter(types: list[StateType]) -> FlowRunFilterState:
-    return FlowRunFilterState(type=FlowRunFilterStateType(any_=types))
