@@ -375,22 +375,23 @@ class RunDriver:
                     materialize=self.run.config.materialize,
                 ),
             )
-            self._carry_out(
-                specification,
-                round_index,
-                role,
-                partial(
-                    stages.train.with_options(task_run_name=named),
-                    self.run.store,
-                    order,
-                    device=self.run.config.device,
-                    label=label,
-                    artifact=artifact,
-                    launch=self.run.config.launch,
-                    note=self._note,
-                    return_state=True,
-                ),
-            )
+            with self.trackers.following(specification.fingerprint):
+                self._carry_out(
+                    specification,
+                    round_index,
+                    role,
+                    partial(
+                        stages.train.with_options(task_run_name=named),
+                        self.run.store,
+                        order,
+                        device=self.run.config.device,
+                        label=label,
+                        artifact=artifact,
+                        launch=self.run.config.launch,
+                        note=self._note,
+                        return_state=True,
+                    ),
+                )
 
     def _evaluate(self, kind: EvaluationKind, model: ModelRef, *, title: str, role: str) -> float:
         specification = self.graph.evaluate(kind, model)

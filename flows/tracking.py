@@ -2,7 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
 from importlib.util import find_spec
 from typing import Any, assert_never
 
@@ -12,6 +15,7 @@ from flows.config_leaves import leaves_of
 from flows.loading import ConfigError
 from flows.opening import MACHINE_SETTINGS, OpenRun
 from flows.run_status import RunStatus, read_status
+from storage.checkpoints import Checkpoint, newest_checkpoint
 from storage.runs import append_event
 from tasks.tracked_metrics import Series, tracked_series
 from tasks.tracker_config import MlflowTracker, TensorBoardTracker, TrackerConfig
@@ -19,7 +23,11 @@ from tasks.tracker_mlflow import MlflowRun
 from tasks.tracker_tensorboard import TensorBoardRun
 
 _MAX_MESSAGE = 500
+# Between looks for a new checkpoint of the training that goes on.
+_SECONDS_BETWEEN_LOOKS = 15.0
 _USER_INFO = re.compile(r"//[^/@\s]*@")
+
+_Write = Callable[[list[Series], RunStatus], Any]
 
 
 class TrackerMissing(ImportError):
@@ -55,6 +63,7 @@ class Trackers:
         """Reach none of them yet."""
         self._run = run
         self._writers = [(one, _writer(run, one)) for one in run.config.trackers]
+        self._lock = threading.Lock()  # writers remember what they have written
 
     def publish(self) -> None:
         """Bring every tracker up to date with the store.
@@ -65,16 +74,10 @@ class Trackers:
         run = self._run
         for tracker, write in self._writers:
             try:
-                status = read_status(run.store, run.name)
-                write(tracked_series(run.store, status.to_json()), status)
+                self._bring_up_to_date(write)
             # Whatever a tracker's library raises: the run does not depend on it.
             except Exception as error:
-                message = without_credentials(_first_line(error))[:_MAX_MESSAGE]
-                get_run_logger().warning(
-                    "metrics did not reach %s (%s: %s); the run goes on, and they are written"
-                    " after the next round",
-                    *(tracker.kind, type(error).__name__, message),
-                )
+                message = _warn(tracker, error)
                 append_event(
                     run.store,
                     run.name,
@@ -83,6 +86,63 @@ class Trackers:
                     error=type(error).__name__,
                     message=message,
                 )
+
+    @contextmanager
+    def following(self, fingerprint: str) -> Iterator[None]:
+        """Bring the trackers up to date with every checkpoint that a training writes in this block.
+
+        A thread does it: neither the training nor the run waits. A tracker that fails is warned of
+        and left alone until the next `publish`.
+        """
+        if not self._writers:
+            yield
+            return
+        has_ended = threading.Event()
+        context = copy_context()  # of the flow, for its log
+        threading.Thread(
+            target=lambda: context.run(self._follow, fingerprint, has_ended),
+            name="trackers",
+            daemon=True,
+        ).start()
+        try:
+            yield
+        finally:
+            has_ended.set()
+
+    def _follow(self, fingerprint: str, has_ended: threading.Event) -> None:
+        writers, step_told = list(self._writers), 0
+        while writers and not has_ended.wait(_SECONDS_BETWEEN_LOOKS):
+            found: Checkpoint | None = None
+            try:
+                found = newest_checkpoint(self._run.store, fingerprint, verify=False)
+            except Exception as error:  # the training itself says what is wrong with the store
+                get_run_logger().warning("no checkpoint to tell trackers of: %s", error)
+            if found is None or found.step <= step_told:
+                continue
+            step_told = found.step
+            for one in tuple(writers):
+                tracker, write = one
+                try:
+                    self._bring_up_to_date(write)
+                except Exception as error:  # as above
+                    _warn(tracker, error)
+                    writers.remove(one)
+
+    def _bring_up_to_date(self, write: _Write) -> None:
+        with self._lock:
+            status = read_status(self._run.store, self._run.name)
+            write(tracked_series(self._run.store, status.to_json()), status)
+
+
+def _warn(tracker: TrackerConfig, error: Exception) -> str:
+    """Log that a tracker could not be told, and return why."""
+    message = without_credentials(_first_line(error))[:_MAX_MESSAGE]
+    get_run_logger().warning(
+        "metrics did not reach %s (%s: %s); the run goes on, and they are written after the next"
+        " round",
+        *(tracker.kind, type(error).__name__, message),
+    )
+    return message
 
 
 def _first_line(error: Exception) -> str:
@@ -95,7 +155,7 @@ def without_credentials(text: str) -> str:
     return _USER_INFO.sub("//", text)
 
 
-def _writer(run: OpenRun, tracker: TrackerConfig) -> Callable[[list[Series], RunStatus], Any]:
+def _writer(run: OpenRun, tracker: TrackerConfig) -> _Write:
     match tracker:
         case TensorBoardTracker():
             files = TensorBoardRun(tracker.path / run.name)

@@ -130,6 +130,12 @@ class CheckpointKeeper:
         prune_checkpoints(self._store, self._fingerprint, keep=kept, step=step)
 
 
+def curve_so_far(store: Store, fingerprint: str) -> list[dict[str, Any]]:
+    """Return the learning curve of a training up to its newest checkpoint; empty without one."""
+    found = newest_checkpoint(store, fingerprint, verify=False)
+    return [] if found is None else list(found.scalars["curve"])
+
+
 def _refuse_other_versions(found: Checkpoint) -> None:
     then, now = found.scalars["versions"], provenance.versions()
     changed = [

@@ -1,7 +1,7 @@
 """What the report says, derived from a run's status, its events and the manifests they name."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -214,24 +214,32 @@ def trainings(store: Store, status: Mapping[str, Any]) -> list[Training]:
     A model that was fine-tuned has several, in their order.
     """
     found: list[Training] = []
+    for label, stage in labelled_trainings(status):
+        if stage["state"] not in ("done", "reused"):
+            continue
+        manifest = read_result(store, "train", stage["fingerprint"])
+        assert manifest is not None, "its state says that it is finished"
+        found.append(
+            Training(
+                label=label,
+                curve=read_curve(store, manifest),
+                counts=manifest.counts,
+                provenance=_provenance(store, "train", manifest.fingerprint),
+            )
+        )
+    return found
+
+
+def labelled_trainings(status: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the stages of kind train, finished or not, each behind the name that reports use."""
     for one in [*status["rounds"], status["baseline"]]:
         for stage in one["stages"] if one else ():
-            if stage["kind"] != "train" or stage["state"] not in ("done", "reused"):
+            if stage["kind"] != "train":
                 continue
-            manifest = read_result(store, "train", stage["fingerprint"])
-            assert manifest is not None, "its state says that it is finished"
             model = _model_label(None if one is status["baseline"] else one["round_index"])
             part = (stage.get("part") or "").replace("_", " ")
             is_follower = part in ("finetune", "resolution fix")
-            found.append(
-                Training(
-                    label=f"{model} · {part}" if is_follower else model,
-                    curve=read_curve(store, manifest),
-                    counts=manifest.counts,
-                    provenance=_provenance(store, "train", manifest.fingerprint),
-                )
-            )
-    return found
+            yield f"{model} · {part}" if is_follower else model, stage
 
 
 def stage_rows(store: Store, status: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,15 +5,16 @@ has already is not written twice.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from storage.manifest import Manifest, read_provenance
 from storage.store import Store
+from tasks.checkpointing import curve_so_far
 from tasks.evaluation import read_report
-from tasks.report_facts import Training, finished_stage, selections, trainings
+from tasks.report_facts import finished_stage, labelled_trainings, selections, trainings
 from tasks.specifications import folder_of
 
 ROUNDS = "rounds"
@@ -27,7 +28,8 @@ class Point:
     Attributes:
         step: optimiser step of a training, or index of a round.
         value: finite.
-        time: when its stage was finished, in seconds since 1970; None where that is not known.
+        time: when its stage was finished, in seconds since 1970; None where that is not known, or
+            not yet.
     """
 
     step: int
@@ -55,23 +57,32 @@ class Series:
 
 
 def tracked_series(store: Store, status: Mapping[str, Any]) -> list[Series]:
-    """Return all that is known of a run by now.
+    """Return all that is known of a run by now; of a training that goes on, up to its checkpoint.
 
     Args:
         store: where the run is.
         status: as `selftrain status --json` prints it.
     """
-    curves = [one for training in trainings(store, status) for one in _curves(training)]
+    curves = [
+        one
+        for training in trainings(store, status)
+        for one in _curves(training.label, training.curve, _seconds_of(training.provenance))
+    ]
+    curves += [
+        one
+        for label, stage in labelled_trainings(status)
+        if stage["state"] == "partial"
+        for one in _curves(label, curve_so_far(store, stage["fingerprint"]), None)
+    ]
     return [*curves, *_of_rounds(store, status), *_of_baseline(store, status)]
 
 
-def _curves(training: Training) -> Iterator[Series]:
-    group = re.sub(r"[^a-z0-9]+", "-", training.label.lower()).strip("-")
-    time = _seconds_of(training.provenance)
-    names = [name for name in (training.curve[0] if training.curve else ()) if name != "step"]
-    for name in names:
+def _curves(label: str, curve: Sequence[Mapping[str, Any]], time: float | None) -> Iterator[Series]:
+    group = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    # A curve that is still in a checkpoint may lack a column here and there.
+    for name in dict.fromkeys(name for row in curve for name in row if name != "step"):
         points = tuple(
-            Point(row["step"], row[name], time) for row in training.curve if row[name] is not None
+            Point(row["step"], row[name], time) for row in curve if row.get(name) is not None
         )
         if points:
             yield Series(group, f"training/{name}", points)

@@ -64,7 +64,7 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         try:
-            client: Any = self._client or self._open(series)
+            client: Any = self._client or self._open()
             now = time.time()
             missing = [
                 Metric(key, point.value, int(1000 * (point.time or now)), point.step)
@@ -86,7 +86,7 @@ class MlflowRun:
             raise
         return len(missing)
 
-    def _open(self, series: Sequence[Series]) -> Any:
+    def _open(self) -> Any:
         """Find or make the run, learn what it holds, and return MLflow's client."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
@@ -115,8 +115,8 @@ class MlflowRun:
             client.log_batch(self._run_id, params=some)
         self._last = {
             key: max(metric.step for metric in client.get_metric_history(self._run_id, key))
-            for key in dict.fromkeys(map(_key, series))
-            if key in run.data.metrics
+            # All of them: what is not among the series now may come later.
+            for key in run.data.metrics
         }
         self._client = client
         return client

@@ -1,5 +1,6 @@
 """A run's metrics as TensorBoard event files."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,23 @@ class TensorBoardRun:
         missing = [(one.name, point) for one in series for point in one.after(last.get(one.name))]
         if not missing:
             return 0
+        _wait_for_a_later_name(folder)
         with SummaryWriter(str(folder)) as writer:
             # TensorBoard drops what lies behind a step that comes again, so steps only rise.
             for name, point in sorted(missing, key=lambda pair: pair[1].step):
                 writer.add_scalar(name, point.value, point.step, walltime=point.time)
         self._last[group] = last | {name: point.step for name, point in missing}
         return len(missing)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, a second at most, until a new file of a folder will come behind those that are there.
+
+    Files are read in the order of their names. These begin with the second they were made in, and
+    of one second the tenth comes before the ninth.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
 
 
 def last_steps(folder: Path) -> dict[str, int]:

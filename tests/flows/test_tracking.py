@@ -1,5 +1,7 @@
 """Trackers of a run: what they are told, that a resume repeats nothing, and one that is down."""
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,17 +10,21 @@ from typing import Any
 
 import pytest
 
+import tasks.stages
 from flows.config import SelfTrainingConfig
 from flows.loading import ConfigError
 from flows.opening import open_run, reopen_run, reopened_config
-from flows.run_status import read_status
+from flows.run_status import RunStatus, read_status
 from flows.self_training import self_training
 from flows.tracking import TrackerMissing, refuse_trackers_without_effect, without_credentials
+from models.training import StepReport
 from storage.runs import read_events
 from storage.store import Store, open_store
+from tasks.devices import DeviceChoice, resolve_device
 from tasks.report_facts import finished_stage
 from tasks.tracked_metrics import Series, tracked_series
-from tasks.training import read_curve
+from tasks.training import TrainingStopped, read_curve, run_training
+from tasks.training_orders import read_order
 
 MakeConfig = Callable[..., SelfTrainingConfig]
 
@@ -141,6 +147,95 @@ def test_a_tracker_that_is_down_stops_nothing_and_is_counted_and_caught_up_with(
     self_training(config.model_copy(update={"store": store.url}))
     series = tracked_series(store, read_status(store, "tiny").to_json())
     assert scalars(tmp_path / "board" / "tiny") == expected(series)
+
+
+def teacher_alone(config: SelfTrainingConfig, *, checkpoint_every_steps: int) -> SelfTrainingConfig:
+    dumped = config.model_dump(mode="json", by_alias=True)
+    del dumped["selection"]
+    dumped |= {"rounds": 0, "student": None, "baseline": False}
+    dumped["teacher"]["checkpoint_every_steps"] = checkpoint_every_steps
+    return SelfTrainingConfig.model_validate(dumped)
+
+
+def training_that_waits(
+    at_step: int, until: Callable[[], bool], *, then_stops: bool = False
+) -> Callable[..., None]:
+    """Return a launcher whose training goes no further than a step until something has happened."""
+
+    def launch(store: Store, fingerprint: str, *, device: DeviceChoice, **_: Any) -> None:
+        has_waited = False
+
+        def on_report(report: StepReport, total: int) -> None:
+            nonlocal has_waited
+            if report.step == at_step:
+                deadline = time.monotonic() + 120
+                while not until():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                has_waited = True
+
+        run_training(
+            store,
+            read_order(store, fingerprint),
+            device=resolve_device(device),
+            on_report=on_report,
+            should_stop=lambda: has_waited and then_stops,
+        )
+
+    return launch
+
+
+def test_trackers_get_the_curve_while_a_training_runs_and_no_step_twice_when_it_is_resumed(
+    tmp_path: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.tracking._SECONDS_BETWEEN_LOOKS", 0.02)
+    board = tmp_path / "board"
+    config = teacher_alone(config_of(tmp_path, tiny_config, board), checkpoint_every_steps=4)
+    live: list[tuple[int, float]] = []
+
+    def has_live_points() -> bool:
+        if (board / "tiny" / "round-0-teacher").is_dir():
+            live[:] = scalars(board / "tiny").get(("round-0-teacher", "training/loss"), [])
+        return len(live) >= 4  # the files are read while they are written
+
+    stopping = training_that_waits(8, has_live_points, then_stops=True)
+    monkeypatch.setattr(tasks.stages, "launch_worker", stopping)
+    with pytest.raises(TrainingStopped):
+        self_training(config)
+    assert [step for step, _ in live] == [1, 2, 3, 4], "as far as the checkpoint, before the end"
+
+    monkeypatch.setattr(tasks.stages, "launch_worker", training_that_waits(13, lambda: True))
+    self_training(config)
+
+    store = store_of(tmp_path)
+    written = scalars(board / "tiny")
+    assert [step for step, _ in written["round-0-teacher", "training/loss"]] == [*range(1, 13)]
+    assert written == expected(tracked_series(store, read_status(store, "tiny").to_json()))
+
+
+def test_a_tracker_that_fails_while_a_training_runs_is_left_alone_until_its_end(
+    tmp_path: Path, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.tracking._SECONDS_BETWEEN_LOOKS", 0.02)
+    calls: list[str] = []
+
+    def fail(series: list[Series], status: RunStatus) -> None:
+        calls.append(threading.current_thread().name)
+        raise ConnectionError("down")
+
+    monkeypatch.setattr("flows.tracking._writer", lambda run, tracker: fail)
+    config = config_of(tmp_path, tiny_config, tmp_path / "board")
+    config = teacher_alone(config, checkpoint_every_steps=2)
+    waiting = training_that_waits(8, lambda: "trackers" in calls)
+    monkeypatch.setattr(tasks.stages, "launch_worker", waiting)
+
+    self_training(config)
+
+    status = read_status(store_of(tmp_path), "tiny")
+    assert status.state == "done"
+    assert calls.count("trackers") == 1, "later checkpoints were not tried"
+    # After the teacher and at the end, as without what came between.
+    assert status.tracker_failures == len(calls) - 1 == 2
 
 
 def test_a_failed_run_tells_its_trackers_what_it_has(

@@ -94,6 +94,14 @@ def test_a_resumed_run_goes_on_in_its_run_and_sends_no_step_twice(uri: str) -> N
     assert the_run(uri, "resumed").data.params == {"seed": "3", "rounds": "2"}
 
 
+def test_steps_of_a_series_that_is_known_only_later_are_not_sent_twice(uri: str) -> None:
+    assert tracker(uri, "later").write([LOSS], state="stopped", tags={}) == 2
+    again = tracker(uri, "later")
+    assert again.write([DEV], state="unfinished", tags={}) == 2
+    assert again.write([DEV, MORE], state="unfinished", tags={}) == 1
+    assert history(uri, "later", "round-1/training/loss") == [(10, 1.5), (20, 0.75), (30, 0.5)]
+
+
 def test_runs_of_one_name_in_two_stores_are_two(uri: str) -> None:
     for store in ("/one", "/two"):
         run = MlflowRun(MlflowTracker(uri=uri), store=store, run="twin", params={})

@@ -61,6 +61,16 @@ def test_written_again_by_this_process_or_the_next_nothing_is_added(tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == files
 
 
+def test_files_of_a_group_are_named_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    writer = TensorBoardRun(tmp_path)
+    for last in (10, 20):
+        writer.write([series("training/loss", {last: 1.0})])
+    # Names go on with the process and a number as text, by which the tenth is before the ninth.
+    seconds = [int(path.name.split(".")[3]) for path in sorted((tmp_path / "round-1").iterdir())]
+    assert len(set(seconds)) == 2
+    assert [one[0] for one in scalars(tmp_path / "round-1", "training/loss")] == [10, 20]
+
+
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_only_what_lies_behind_the_last_step_is_added(tmp_path: Path, is_resumed: bool) -> None:
     writer = TensorBoardRun(tmp_path)
