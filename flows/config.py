@@ -9,12 +9,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
 
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
+from flows.form_titles import title_by_kind
 from flows.operating_config import AlertConfig, RestartConfig, ScheduleConfig
 from flows.starting_weights import ScratchInit, TeacherInit
 from flows.trained_models import (
@@ -117,8 +120,14 @@ ApproveChoice = Annotated[Literal["none", "promotion", "round"], BeforeValidator
 class SelfTrainingConfig(_Config):
     """A whole Noisy Student run."""
 
-    schema_version: Literal[1] = Field(default=CONFIG_SCHEMA, alias="schema")
-    name: str = Field(pattern=RUN_NAME_PATTERN, description="The run's name in the store.")
+    schema_version: Literal[1] = Field(
+        default=CONFIG_SCHEMA, alias="schema", description="Version of this form of config."
+    )
+    name: str = Field(
+        pattern=RUN_NAME_PATTERN,
+        description="The run's name in the store; a run keeps its config, so another config needs"
+        " another name.",
+    )
     store: str | None = Field(
         default=None,
         description="Folder or fsspec URL of the store; null: --store or SELFTRAIN_STORE.",
@@ -206,6 +215,15 @@ class SelfTrainingConfig(_Config):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: Any, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the schema that forms are made of, its models named as in YAML."""
+        schema = handler(core_schema)
+        title_by_kind(schema, handler.resolve_ref_schema)
+        return schema
 
     @field_validator("trackers")
     @classmethod

@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.types.entrypoint import EntrypointType
 
 from flows.alert_automations import ALERTS, STALLED, action_of, alerts_of
+from flows.approving import approve
 from flows.automations import LOST, RESTART, automations_of, install
 from flows.config import SelfTrainingConfig, ShardsData
 from flows.evaluation import evaluate_model
@@ -200,6 +201,10 @@ def deployments_of(config: SelfTrainingConfig, pools: Pools) -> list[RunnerDeplo
         (evaluate_model, pools.name, settings),
         (restart_run, pools.cpu, {"restart": dumped["restart"]}),
     ]
+    if config.approve != "none":
+        # It goes on with the run, so it is where runs are.
+        form = {"run": config.name, "store": config.store}
+        stages.append((approve, pools.name, {"form": form}))
     return [
         _deployment(
             self_training,

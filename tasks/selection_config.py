@@ -58,13 +58,18 @@ class SelectionConfig(BaseModel):
         " changes class, confidence and soft target: all three are of the debiased prediction.",
         json_schema_extra={"absent_means": {"kind": "none"}},
     )
-    threshold: ThresholdConfig = FixedThresholdConfig()
+    threshold: ThresholdConfig = Field(
+        default=FixedThresholdConfig(), description="How sure a prediction must be to be kept."
+    )
     weighting: WeightingConfig = Field(
         default=WeightNoneConfig(),
         description="How much each pseudo-label weighs in the loss.",
         json_schema_extra={"absent_means": {"kind": "none"}},
     )
-    balance: BalanceConfig = NsBinnedConfig()
+    balance: BalanceConfig = Field(
+        default=NsBinnedConfig(),
+        description="How many samples of each class are taken, and how often.",
+    )
     target: Literal["soft", "hard"] = Field(
         default="soft", description="What the student learns: the teacher's distribution or class."
     )

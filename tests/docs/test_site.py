@@ -77,7 +77,7 @@ def test_keys_are_shown_with_bounds_defaults_and_meaning() -> None:
         " Students trained after the teacher; 0: the teacher alone, on labels. |"
     ) in found["the run"]
     assert "| `name` | text (matching" in found["the run"]
-    assert "| required | The run's name in the store. |" in found["the run"]
+    assert "| required | The run's name in the store; a run keeps its config" in found["the run"]
     assert "[small_cnn](#teacher-architecture-kind-small_cnn)" in found["teacher, kind: train"]
     assert re.search(r"^Also .*`student\.noise`", found["teacher.noise"], re.M)
     fixed = found["selection.threshold, kind: fixed"]

@@ -16,9 +16,9 @@ from prefect.client.schemas.filters import (
 )
 
 import flows.artifacts
-from flows.artifacts import artifact_key
+from flows.artifacts import artifact_key, results_page
 from flows.config import SelfTrainingConfig
-from flows.run_status import read_status
+from flows.run_status import RoundStatus, RunStatus, read_status
 from flows.self_training import self_training
 from flows.server import wait_until_recorded
 from storage.store import open_store
@@ -43,6 +43,66 @@ def artifacts(client: SyncPrefectClient, key: str) -> list[Any]:
 
 def test_keys_are_what_prefect_allows() -> None:
     assert artifact_key("progress", "Night_1", "rounds ü") == "progress-night-1-rounds--"
+
+
+def status_of(**changes: Any) -> RunStatus:
+    first = RoundStatus(0, architecture="small_cnn-4x1", dev_accuracy=0.8, dev_interval=[0.5, 0.9])
+    second = RoundStatus(
+        1,
+        architecture="small_cnn-8x1",
+        promoted=True,
+        dev_accuracy=0.9,
+        dev_interval=[0.6, 1.0],
+        test_accuracy=0.85,
+        pseudo_labels={"kept": 1200, "unique": 1000, "precision": 0.96},
+        stages=[{"seconds": 12.4}],
+    )
+    values: dict[str, Any] = {
+        "run": "mine",
+        "state": "unfinished",
+        "stop_reason": None,
+        "store": "s3://bucket/store",
+        "versions_mixed": False,
+        "labels": {"labeled": 24, "dev": 15, "sum": 39},
+        "rounds": (first, second),
+        "baseline": None,
+        "model_url": "s3://bucket/store/models/f00",
+    }
+    return RunStatus(**values | changes)
+
+
+def test_results_are_a_table_of_few_columns_and_the_places_of_report_and_model() -> None:
+    assert results_page(status_of(), None) == (
+        "| round | dev accuracy | test accuracy | pseudo-labels | precision | promoted |\n"
+        "|---|---|---|---|---|---|\n"
+        "| **0**<br>small_cnn-4x1<br>0 s | 80.0 %<br>[50.0, 90.0] |  |  |  |  |\n"
+        "| **1**<br>small_cnn-8x1<br>12 s | 90.0 %<br>[60.0, 100.0] | 85.0 %"
+        " | 1,200<br>(1,000 images) | 96.0 % | yes |\n"
+        "\n24 labels + 15 dev = 39 labelled images; accuracies with 95 % intervals."
+        " Pseudo-labels are counted with their copies.\n"
+        "\n**State:** running or interrupted; `selftrain resume mine` goes on\n"
+        "\n```\nreport: s3://bucket/store/runs/mine/report.html\n"
+        "model: s3://bucket/store/models/f00\n```"
+    )
+
+
+def test_results_link_to_where_browsers_find_the_store() -> None:
+    page = results_page(status_of(), "https://store.example.org/selftrain/")
+
+    assert (
+        "**Open:** [report](https://store.example.org/selftrain/runs/mine/report.html),"
+        " [model](https://store.example.org/selftrain/models/f00/manifest.json)"
+    ) in page
+    first = results_page(status_of(model_url=None), "http://127.0.0.1:8000")
+    assert "**Open:** [report](http://127.0.0.1:8000/runs/mine/report.html)\n" in first
+    assert "model" not in first
+
+
+@pytest.mark.parametrize("url", ["file:///store", "/store", "https://", "https://me:secret@host"])
+def test_an_address_that_no_link_can_have_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="SELFTRAIN_STORE_WEB_URL is ") as refused:
+        results_page(status_of(), url)
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.slow
@@ -80,17 +140,16 @@ def test_one_can_tell_what_runs_how_far_and_how_good(
     assert "last dev accuracy" in student.description
     assert "(round 0)" in student.description
 
-    table = artifacts(client, f"results-{NAME}")[-1]
+    table = max(artifacts(client, f"results-{NAME}"), key=lambda one: one.created)
     status = read_status(open_store(str(tmp_path / "store")), NAME)
-    assert "| 1 | small_cnn-4x1 |" in table.data
-    assert f"({Path(status.report_url).as_uri()})" in table.data
-    assert status.model_url is not None
-    assert f"({Path(status.model_url).as_uri()})" in table.data
-    for name in ("confidence", "classes"):
-        image = artifacts(client, f"{name}-{NAME}")[-1]
-        head, _, data = image.data.partition(",")
-        assert head == "data:image/png;base64"
-        assert base64.b64decode(data).startswith(b"\x89PNG\r\n\x1a\n")
+    assert table.data == results_page(status, None)
+    assert table.description == f"Run {NAME}: done (all rounds done)"
+    for name, title in (("confidence", "Kept and"), ("classes", "Samples per class")):
+        figure = artifacts(client, f"{name}-{NAME}")[-1]
+        head, _, data = figure.data.partition(",")
+        assert head.startswith(f"![{title}")
+        assert head.endswith("](data:image/png;base64")
+        assert base64.b64decode(data.removesuffix(")")).startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_a_failed_run_says_in_its_state_how_to_go_on(
@@ -128,7 +187,7 @@ def test_a_run_goes_on_without_any_view(
         raise ConnectionError("no artifacts today")
 
     monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
-    for name in ("create_markdown_artifact", "create_image_artifact", "get_client"):
+    for name in ("create_markdown_artifact", "get_client"):
         monkeypatch.setattr(flows.artifacts, name, refuse)
     monkeypatch.setattr(live_progress, "create_progress_artifact", refuse)
 

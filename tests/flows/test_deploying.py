@@ -143,6 +143,15 @@ def test_stages_have_the_pools_that_fit_them_and_the_settings_of_the_config() ->
     assert stages["label"].job_variables["env"]["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] == "false"
 
 
+@pytest.mark.parametrize("choice", ["promotion", "round"])
+def test_a_config_that_asks_a_person_brings_the_form_of_the_answer(choice: str) -> None:
+    asked = deployed(f"approve={choice}")["approve"]
+
+    assert (asked.name, asked.work_pool_name) == ("demo", "gpu"), "it goes on with the run"
+    assert asked.parameters == {"form": {"run": "demo", "store": "/store"}}
+    assert "approve" not in deployed(), "a form whose every answer is refused"
+
+
 def test_a_run_gives_a_sign_of_life_often_enough_to_lose_three_of_them() -> None:
     def heartbeat(lost_after: int) -> str:
         run = deployed(f"restart.lost_after_seconds={lost_after}")["self-training"]
