@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from models.description import save_model
 from storage.manifest import read_stored
@@ -45,7 +46,7 @@ def predict_files(
                 continue
             views.append(clean_view(image, view.image_size, view.crop_padding, view.interpolation))
         if views:
-            probs = np.exp(forward(views, classifier, "fp32")[0])
+            probs = np.exp(forward(torch.from_numpy(np.stack(views)), classifier, "fp32")[0])
             readable = (entry for entry in entries if "error" not in entry)
             for entry, row in zip(readable, probs, strict=True):
                 best = np.argsort(-row, kind="stable")[:_TOP]

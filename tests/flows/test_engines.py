@@ -215,8 +215,8 @@ def test_every_worker_has_a_gpu_and_its_share_of_the_cores(
     assert [e["CUDA_VISIBLE_DEVICES"] for e in workers._environments] == ["4", "6"]
     workers.close()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    for given, threads in (("auto", "6"), (3, "3")):
-        workers = local_workers(LocalEngine(threads=given), "cuda", shards(10_000, 10))
+    for engine, threads in ((LocalEngine(), "6"), (LocalEngine(threads=3), "3")):
+        workers = local_workers(engine, "cuda", shards(10_000, 10))
         assert isinstance(workers, WorkerProcesses)
         assert [e["OMP_NUM_THREADS"] for e in workers._environments] == [threads] * 2
         workers.close()
