@@ -227,6 +227,27 @@ def test_a_finished_model_does_not_keep_what_it_was_trained_on(tmp_path: Path) -
     assert store.list(f"selections/{'b' * 64}")
 
 
+def test_digits_that_a_run_made_stay_while_a_corpus_that_is_needed_lies_there(
+    tmp_path: Path,
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    used, unused = (f"data/digits-{12 * letter}" for letter in "ab")
+    for folder in (used, unused):
+        for name in ("labeled-000000.tar", "prepared.txt"):
+            store.put(f"{folder}/{name}", b"x")
+    corpus = "c" * 64
+    located = {"labeled-000000": store.url_of(f"{used}/labeled-000000.tar")}
+    create_record(store, f"corpora/{corpus}.json", {"schema": 1})
+    create_record(store, f"corpora/{corpus}.locations.json", {"locations": located})
+    append_event(store, "mine", "stage_referenced", fingerprint=corpus)
+    _age(store, days=30)
+
+    found = collect(store, older_than_seconds=0, delete=True)
+
+    assert [unit.path for unit in found.units] == [unused]
+    assert store.exists(f"{used}/labeled-000000.tar")
+
+
 def test_imported_models_stay_although_no_run_has_them(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     imported = Specification("import", 1, {}, {})
@@ -254,12 +275,15 @@ def test_what_kills_left_goes_and_the_checkpoints_of_a_begun_training_stay(tmp_p
     mine.parent.mkdir()
     mine.write_bytes(b"a shard of the user's")
     _age(store, days=30)
+    of_a_writer = temporary.with_name(".tmp-written-now")
+    of_a_writer.write_bytes(b"ha")
 
     found = collect(store, older_than_seconds=86_400, delete=True)
 
     assert [unit.path for unit in found.units] == [f"{_SPEC.folder}/attempts", "probes/killed"]
     assert found.temporary == ["models/.tmp-killed"]
     assert not temporary.exists()
+    assert of_a_writer.exists(), "its writer is still at it"
     assert mine.exists()
     assert not store.list(f"{_SPEC.folder}/attempts")
     assert store.exists(f"{_SPEC.folder}/manifest.json")

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from storage.garbage import in_order_of_deletion, list_units, listed_again, names_in
-from storage.listings import list_with_times, time_of
+from storage.garbage import Unit, in_order_of_deletion, list_units, listed_again, names_in
+from storage.listings import ListedObject, list_with_times, time_of
 from storage.store import Store
 
 A, B = "a" * 64, "b" * 64
@@ -29,6 +29,18 @@ def test_objects_are_listed_with_size_and_the_time_they_were_written(store: Stor
 def test_the_stores_clock_is_read_and_nothing_left(store: Store) -> None:
     assert abs(time_of(store) - time.time()) < 60
     assert store.list("probes") == []
+
+
+def test_a_unit_is_as_old_as_its_newest_object_and_young_where_an_age_is_not_known() -> None:
+    def unit(*times: float | None) -> Unit:
+        found = [ListedObject(f"models/{A}/{i}", 1, time) for i, time in enumerate(times)]
+        return Unit(f"models/{A}", frozenset({A}), tuple(found))
+
+    assert unit(1.0, 2.0).is_older(3.0)
+    assert not unit(1.0, 3.0).is_older(3.0)
+    assert not unit(4.0, 1.0).is_older(3.0)
+    assert not unit(1.0, None).is_older(3.0)
+    assert [unit(1.0, 2.0).modified, unit(1.0, None).modified] == [2.0, None]
 
 
 def test_units_are_folders_of_fingerprints_and_corpora_with_their_locations(store: Store) -> None:
