@@ -4,7 +4,7 @@ A run that asks has ended: nothing waits and no device is held. An answer is wri
 whoever is first, and read by the next attempt at the run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from flows.config import SelfTrainingConfig
 from flows.loading import ConfigError
 from flows.opening import reopen_run
-from storage.runs import read_decision, read_events, record_decision
+from storage.runs import append_event, read_decision, read_events, record_decision
 from storage.store import Store
 from tasks.selection_config import SelectionConfig
 from tasks.training_orders import needs_of
@@ -112,6 +112,32 @@ def read_approval(store: Store, run: str, question: Question) -> Approval | None
             f"run {run!r}: {question.in_words()} was {approval.in_words()}, but for model"
             f" {approval.model}, and now it is about {question.model}: was the store changed by"
             " hand? Run the config under another --name"
+        )
+    return approval
+
+
+def read_approval_or_ask(
+    store: Store, run: str, question: Question, asked_by: Mapping[str, str]
+) -> Approval | None:
+    """Return the answer to a question of a run; without one, record that it is asked.
+
+    Args:
+        store: that holds the run.
+        run: its name.
+        question: what it asks.
+        asked_by: facts of the event, on who asks.
+    Raises: as `read_approval`.
+    """
+    approval = read_approval(store, run, question)
+    if approval is None:
+        append_event(
+            store,
+            run,
+            "run_waiting",
+            question=question.kind,
+            round_index=question.round_index,
+            model=question.model,
+            **asked_by,
         )
     return approval
 

@@ -177,8 +177,8 @@ def report(run: Run, store: Store = None) -> None:
 
     Example: `selftrain report demo --store ./selftrain-store`
     """
-    from flows.driving import write_views
     from flows.opening import reopen_run
+    from flows.views import write_views
     from storage.store import open_store
 
     typer.echo(write_views(reopen_run(open_store(store_url(store)), run)).report_url)

@@ -15,6 +15,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
+from flows.data_config import DataConfig, ShardsData
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
 from flows.form_titles import title_by_kind
@@ -50,52 +51,6 @@ RUN_NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}(-[0-9]{8}t[0-9]{6}z)?$"
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ShardsData(_Config):
-    """Corpora that exist: WebDataset shards named by URL."""
-
-    kind: Literal["shards"] = "shards"
-    root: str = Field(
-        default="",
-        description="Folder or URL put before every relative URL below; empty: as written.",
-    )
-    labeled: str = Field(
-        description="Labelled shards: a folder, a brace pattern (train-{00000..00099}.tar), a glob,"
-        " a list file (.txt) or an index made by `selftrain data index` (.json)."
-    )
-    dev: str = Field(
-        description="Labelled hold-out that calibrates, promotes and stops; never trained on."
-    )
-    test: str | None = Field(
-        default=None, description="Test split, opened once a round by a stage that nothing reads."
-    )
-    unlabeled: str | None = Field(
-        default=None, description="The corpus that the teacher labels; only rounds: 0 needs none."
-    )
-    exclude: str | None = Field(
-        default=None,
-        description="Text file of sample keys (<shard stem>/<key>), one a line, that no stage may"
-        " read, such as takedowns; in every corpus of the run, and in its fingerprints.",
-    )
-
-
-class DigitsData(_Config):
-    """scikit-learn's 1,797 handwritten digits, sharded into the store by the run itself."""
-
-    kind: Literal["digits"] = "digits"
-    labels_per_class: int = Field(
-        default=5, ge=1, le=100, description="Labelled images of each digit."
-    )
-    dev: int = Field(default=100, ge=20, le=400, description="Images of the dev split.")
-    test: int = Field(default=400, ge=20, le=800, description="Images of the test split.")
-    shard_size: int = Field(default=120, ge=1, description="Images in a shard.")
-    seed: int | None = Field(
-        default=None, ge=0, description="Seed of the split; null: the run's seed."
-    )
-
-
-DataConfig = Annotated[ShardsData | DigitsData, Field(discriminator="kind")]
 
 
 class StopConfig(_Config):

@@ -26,7 +26,8 @@ from prefect.types.entrypoint import EntrypointType
 from flows.alert_automations import ALERTS, STALLED, action_of, alerts_of
 from flows.approving import approve
 from flows.automations import LOST, RESTART, automations_of, install
-from flows.config import SelfTrainingConfig, ShardsData
+from flows.config import SelfTrainingConfig
+from flows.data_config import ShardsData
 from flows.evaluation import evaluate_model
 from flows.labeling import label_corpus
 from flows.loading import ConfigError

@@ -1,20 +1,18 @@
 """Carries out the stages of one run: records what it refers to, runs the task, says what came."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from prefect import get_run_logger
-from prefect.exceptions import TerminationSignal
 
 from flows.approvals import (
     Question,
     QuestionKind,
     WaitingForApproval,
-    read_approval,
+    read_approval_or_ask,
     read_approvals,
     thresholds_by_round,
 )
@@ -24,89 +22,21 @@ from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, 
 from flows.guarding import guard_corpus
 from flows.labeling import LabelingOrder
 from flows.mending import reading_predictions
-from flows.opening import OpenRun, refuse_without_room, trainings_of
-from flows.run_events import DONE, FAILED, STARTED, STOPPED
-from flows.run_status import RunStatus, read_status, write_status_view
+from flows.opening import OpenRun
+from flows.run_status import RunStatus, read_status
 from flows.selection import select_pseudo_labels
-from flows.tracking import Trackers, refuse_trackers_without_effect
+from flows.tracking import Trackers
+from flows.views import write_views
 from flows.watching import Watcher
 from models.architectures import architecture_name
 from storage.manifest import Manifest
 from storage.runs import append_event
-from storage.store import conditional_create_works
 from tasks import stages
-from tasks.devices import emulates_bf16
 from tasks.evaluation import read_report
 from tasks.labeling_config import LabelingConfig
 from tasks.loading import LoadingConfig
-from tasks.progress import listening
-from tasks.report import write_report
 from tasks.specifications import Specification
-from tasks.training import TrainingStopped
 from tasks.training_orders import TrainingOrder
-
-
-@contextmanager
-def driving(run: OpenRun) -> "Iterator[RunDriver]":
-    """Yield the driver of a run and record in the store how this attempt began and ended.
-
-    Raises: CacheTooSmall, before anything is computed, if this machine's trainings have no room;
-        TrackerMissing and ConfigError for trackers that nothing could be written to.
-    """
-    refuse_without_room(run.store, run.config, run.pins)  # a resume may be on another machine
-    refuse_trackers_without_effect(run)
-    trackers = Trackers(run)
-    _warn_of_slow_bf16(run)
-    append_event(
-        run.store,
-        run.name,
-        "run_started",
-        conditional_writes=conditional_create_works(run.store),
-    )
-    watcher = Watcher(run)
-    watcher.tell(STARTED)
-    try:
-        with listening(watcher.on_progress):
-            yield RunDriver(run, watcher, trackers)
-        watcher.tell(DONE)
-    except WaitingForApproval as error:
-        watcher.tell(STOPPED, error=type(error).__name__)
-        raise  # recorded with its question
-    except (KeyboardInterrupt, SystemExit, TerminationSignal, TrainingStopped) as error:
-        append_event(run.store, run.name, "run_stopped", error=type(error).__name__)
-        watcher.tell(STOPPED, error=type(error).__name__)
-        trackers.publish()
-        raise
-    except Exception as error:
-        message = str(error).split("\n")[0][:1000]
-        append_event(run.store, run.name, "run_failed", error=type(error).__name__, message=message)
-        watcher.tell(FAILED, error=type(error).__name__, message=message)
-        trackers.publish()
-        raise
-
-
-def _warn_of_slow_bf16(run: OpenRun) -> None:
-    config = run.config
-    trained = (training.precision for _, training in trainings_of(config))
-    precisions = {config.labeling.precision, *trained}
-    if "bf16" in precisions and emulates_bf16(config.device):
-        get_run_logger().warning(
-            "precision: bf16 on a CPU without instructions for it is many times slower than fp32;"
-            " set precision: fp32, or run on another machine"
-        )
-
-
-def write_views(run: OpenRun) -> RunStatus:
-    """Rebuild run.json and report.html from events and manifests."""
-    status = read_status(run.store, run.name)
-    write_status_view(run.store, status)
-    inputs: dict[str, Any] = {
-        "config": run.config.model_dump(mode="json", by_alias=True),
-        "class_names": list(run.pins.class_names),
-        "unlabeled": run.pins.unlabeled,
-    }
-    write_report(run.store, status.to_json(), inputs)
-    return status
 
 
 @dataclass
@@ -250,7 +180,7 @@ class RunDriver:
     def validate(self, model: ModelRef) -> float:
         """Evaluate on dev, which steers the loop, and return the accuracy."""
         title = f"round {model.round_index} · validate"
-        accuracy = self._evaluate("validate", model, title=title, role=_role(model))
+        accuracy = self._evaluate("validate", model, title=title, role=model.role)
         self._note = f"last dev accuracy {100 * accuracy:.1f} % (round {model.round_index})"
         return accuracy
 
@@ -258,7 +188,7 @@ class RunDriver:
         """Evaluate on test, which nothing reads; without a test split nothing happens."""
         if self.run.pins.test is not None:
             title = f"round {model.round_index} · test"
-            self._evaluate("test", model, title=title, role=_role(model))
+            self._evaluate("test", model, title=title, role=model.role)
 
     def may_begin(self, round_index: int, teacher: ModelRef) -> bool:
         """Return whether a round may begin, which the config may leave to a person.
@@ -295,21 +225,12 @@ class RunDriver:
     def _is_approved(self, kind: QuestionKind, round_index: int, model: ModelRef) -> bool:
         if self.run.config.approve != kind:
             return True
-        store, name = self.run.store, self.run.name
         question = Question(kind, round_index, model.fingerprint)
-        approval = read_approval(store, name, question)
+        approval = read_approval_or_ask(self.run.store, self.run.name, question, asking_flow_run())
         if approval is None:
-            append_event(
-                store,
-                name,
-                "run_waiting",
-                question=kind,
-                round_index=round_index,
-                model=model.fingerprint,
-                **asking_flow_run(),
-            )
             self._show_results()  # who answers looks at them
-            raise WaitingForApproval(read_status(store, name).question_in_words())
+            status = read_status(self.run.store, self.run.name)
+            raise WaitingForApproval(status.question_in_words())
         # Another driver may have been answered since this one began.
         if approval.threshold is not None:
             thresholds = {**self.graph.thresholds, **thresholds_by_round([approval])}
@@ -475,7 +396,3 @@ class RunDriver:
 
     def _artifact(self, round_index: int, role: str) -> str:
         return artifact_key("progress", self.run.name, f"r{round_index}", role)
-
-
-def _role(model: ModelRef) -> str:
-    return "teacher" if model.round_index == 0 else "student"

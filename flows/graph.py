@@ -68,6 +68,11 @@ class ModelRef:
     round_index: int
     earlier: tuple["ModelRef", ...] = field(default=(), repr=False)
 
+    @property
+    def role(self) -> Literal["teacher", "student"]:
+        """What it was trained as."""
+        return "teacher" if self.round_index == 0 else "student"
+
 
 class Training(NamedTuple):
     """One training of a model's chain; the last one's model is what the chain is for."""

@@ -16,8 +16,8 @@ from flows.checks import Check
 from flows.config import SelfTrainingConfig
 from flows.engine_config import LocalEngine
 from flows.first_choices import bytes_in_words
+from flows.input_checks import trainings_of
 from flows.machine import nearest_folder, this_machine
-from flows.opening import trainings_of
 from storage import objects
 from tasks.devices import emulates_bf16, gpu_names
 

@@ -1,24 +1,29 @@
 """Open a run: resolve what its config names, pin it in the store, and read the pins on resume."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from flows.config import CONFIG_SCHEMA, DigitsData, SelfTrainingConfig, ShardsData
+from flows.config import CONFIG_SCHEMA, SelfTrainingConfig
 from flows.corpora import index_corpus
+from flows.data_config import DigitsData, ShardsData
+from flows.input_checks import (
+    check_disjoint,
+    check_form_of_predictions,
+    check_labels,
+    check_lengths,
+)
 from flows.latest_teachers import FinishedRun, newest_finished, series_of
 from flows.loading import ConfigError, override_config
 from flows.starting_weights import ModelInit, TeacherInit, model_in_store, pin_init
 from flows.trained_models import (
     GivenTeacher,
     LatestTeacher,
-    StudentConfig,
     TrainedTeacher,
     trained_teacher,
 )
-from models.training import TrainingConfig
 from storage.addresses import canonical_json, sha256_hex
 from storage.corpus import Corpus, load_corpus
 from storage.manifest import UnknownSchema
@@ -27,11 +32,8 @@ from storage.store import Store
 from tasks.classifiers import ClassesMismatch, class_order, read_description
 from tasks.digits import prepare_digits
 from tasks.ensembles import check_teacher
-from tasks.labeling_config import resolved_form
 from tasks.launching import LocalLaunch
-from tasks.selection import check_calibration
 from tasks.stream_sources import refuse_cache_without_room
-from tasks.training_orders import needs_of
 
 PINS_SCHEMA = 1
 
@@ -159,8 +161,8 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
             ' have no names. Write {"schema": 1, "class_names": [...]} there'
         )
     check_labels(labeled, "data.labeled", every_class=True)
-    _check_lengths(config, labeled.num_samples)
-    _check_calibration(config, len(labeled.class_names))
+    check_lengths(config, labeled.num_samples)
+    check_form_of_predictions(config, len(labeled.class_names))
     dev = _corpus(store, data, "dev", data.dev)
     test = None if data.test is None else _corpus(store, data, "test", data.test)
     for name, split in (("dev", dev), ("test", test)):
@@ -179,7 +181,7 @@ def resolve_inputs(store: Store, config: SelfTrainingConfig) -> Pins:
     unlabeled = None
     if config.rounds > 0 and data.unlabeled is not None:
         unlabeled = _corpus(store, data, "unlabeled", data.unlabeled)
-    _check_disjoint({"labeled": labeled, "dev": dev, "test": test, "unlabeled": unlabeled})
+    check_disjoint({"labeled": labeled, "dev": dev, "test": test, "unlabeled": unlabeled})
     pins = Pins(
         labeled=labeled.digest,
         dev=dev.digest,
@@ -241,77 +243,6 @@ def _as_shards(store: Store, config: SelfTrainingConfig) -> ShardsData:
 
 def _corpus(store: Store, data: ShardsData, split: str, pattern: str) -> Corpus:
     return index_corpus(store, pattern, named=f"data.{split}", root=data.root, exclude=data.exclude)
-
-
-def check_labels(corpus: Corpus, key: str, *, every_class: bool) -> None:
-    """Refuse a labelled split with samples, or (every_class) classes, that have no label."""
-    counts = corpus.label_counts()
-    without = corpus.num_samples - sum(counts.values())
-    if without:
-        raise ValueError(
-            f"{key}: {without} of {corpus.num_samples} samples have no .cls member; every sample of"
-            " this split must be labelled"
-        )
-    if every_class:
-        names = corpus.class_names or ()
-        missing = [name for i, name in enumerate(names) if counts.get(i, 0) == 0]
-        if missing:
-            raise ValueError(
-                f"{key}: {len(missing)} of {len(names)} classes have no label: "
-                f"{', '.join(missing[:10])}. A teacher cannot learn them: label some images, or"
-                " take the classes out of classes.json"
-            )
-
-
-def _check_lengths(config: SelfTrainingConfig, num_labeled: int) -> None:
-    """Refuse a warm-up as long as its training now, and not after hours of other stages."""
-    for name, training in trainings_of(config):
-        if training.warmup is None:
-            continue
-        steps, warmup = (
-            length.to_steps(training.batch_size, num_labeled)
-            for length in (training.duration, training.warmup)
-        )
-        if warmup >= steps:
-            raise ValueError(
-                f"{name}.warmup is {warmup} steps with the {num_labeled} images of data.labeled,"
-                f" {name}.duration {steps}: shorten the warm-up or lengthen the training"
-            )
-
-
-def _check_calibration(config: SelfTrainingConfig, num_classes: int) -> None:
-    """Refuse a calibration that the form of the predictions leaves no room for."""
-    rounds = range(1, config.rounds + 1)
-    students = [] if config.student is None else map(config.student.for_round, rounds)
-    if any(needs_of(student).selection for student in students):
-        form = resolved_form(config.labeling, num_classes)
-        check_calibration(config.selection.calibration, form)
-
-
-def trainings_of(config: SelfTrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
-    """Yield the trainings of a config by their keys, with the stages after them."""
-    sections: list[tuple[str, TrainedTeacher | StudentConfig, TrainingConfig]] = []
-    if (trained := trained_teacher(config.teacher)) is not None:
-        sections.append((*trained, trained[1].training()))
-    if config.student is not None:
-        sections.append(("student", config.student, config.student.for_round(1)))
-    for name, section, training in sections:
-        yield name, training
-        for role, follower in section.followers():
-            yield f"{name}.{role}", follower.training(training)
-
-
-def _check_disjoint(splits: dict[str, Corpus | None]) -> None:
-    """Refuse a shard that serves two splits: accuracies would be measured on training data."""
-    seen: dict[str, str] = {}
-    for name, corpus in splits.items():
-        for shard in corpus.shards if corpus else ():
-            if shard.tar_digest in seen and seen[shard.tar_digest] != name:
-                raise ValueError(
-                    f"shard {shard.stem} is in data.{seen[shard.tar_digest]} and in data.{name}:"
-                    " splits must not share images"
-                )
-            seen[shard.tar_digest] = name
 
 
 def _with_models(store: Store, config: SelfTrainingConfig, pins: Pins) -> Pins:

@@ -10,8 +10,9 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.approvals import WaitingForApproval
+from flows.attempts import driving
 from flows.config import SelfTrainingConfig
-from flows.driving import RunDriver, driving
+from flows.driving import RunDriver
 from flows.latest_teachers import scheduled_name
 from flows.opening import open_run
 from flows.remedies import what_to_do

@@ -11,9 +11,9 @@ from typing import Any
 # First, because it sets Prefect's defaults before Prefect is imported.
 import flows.running
 from flows.corpora import index_corpus, without_keys
+from flows.input_checks import check_labels
 from flows.loading import ConfigError
 from flows.mending import reading_predictions
-from flows.opening import check_labels
 from flows.pseudo_labels import pseudo_labels
 from flows.run_status import read_status
 from flows.terminal import showing_progress

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from botocore.session import Session
 
 from flows.checks import Check
-from flows.config import DigitsData, SelfTrainingConfig, ShardsData
+from flows.config import SelfTrainingConfig
+from flows.data_config import DigitsData, ShardsData
 from flows.first_shards import is_images
 from storage import objects
 from storage.indexing import read_index

@@ -156,7 +156,7 @@ def test_a_failed_run_says_in_its_state_how_to_go_on(
     tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     strict = "selection={threshold: {kind: fixed, confidence: 1.0}}"
     state = self_training(tiny_config(store, strict), return_state=True)
 
@@ -186,7 +186,7 @@ def test_a_run_goes_on_without_any_view(
     def refuse(*arguments: Any, **more: Any) -> None:
         raise ConnectionError("no artifacts today")
 
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     for name in ("create_markdown_artifact", "get_client"):
         monkeypatch.setattr(flows.artifacts, name, refuse)
     monkeypatch.setattr(live_progress, "create_progress_artifact", refuse)

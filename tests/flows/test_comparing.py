@@ -28,7 +28,7 @@ def store(
     """A store with two runs that differ in their selection: `loose` and `strict`."""
     url = tmp_path_factory.mktemp("compared") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+        patch.setattr("flows.views.write_report", lambda store, status, inputs: None)
         self_training(tiny_config(url, "rounds=1", name="loose"))
         strict = (
             "rounds=1",
@@ -102,7 +102,7 @@ def test_other_images_are_compared_unpaired_even_under_the_same_keys(
     store: Store, tmp_path: Path, tiny_config: MakeConfig, lab: Any, corpora_folder: Path,
     trained_here: list[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     data = tmp_path / "data"
     shutil.copytree(corpora_folder, data)
     shutil.rmtree(data / "test")

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from flows.config import DigitsData, SelfTrainingConfig, ShardsData
+from flows.config import SelfTrainingConfig
+from flows.data_config import DigitsData, ShardsData
 from flows.trained_models import GivenTeacher, TrainedTeacher
 from models.architectures import SmallCnnConfig
 from models.objectives import JointConfig

@@ -56,7 +56,7 @@ def run(
         data=data,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+        patch.setattr("flows.views.write_report", lambda store, status, inputs: None)
         self_training(config)
     return Run(open_store(str(folder / "store")), folder)
 

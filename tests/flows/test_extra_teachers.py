@@ -204,7 +204,7 @@ def test_a_run_labels_with_its_ensemble_and_says_so(
     lab: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     given = lab.train(lab.order(seed=5)).fingerprint
     store = lab.store
     run = tiny_config(

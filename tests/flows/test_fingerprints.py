@@ -10,7 +10,7 @@ import hashlib
 
 import pytest
 
-from flows.config import ShardsData
+from flows.data_config import ShardsData
 from flows.graph import RunGraph, View
 from flows.loading import load_config, recipe_names
 from flows.opening import Pins

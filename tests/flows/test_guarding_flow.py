@@ -41,7 +41,7 @@ def data(lab, tmp_path):
 def test_a_run_drops_copies_of_dev_and_test_in_every_round_and_searches_once(
     tmp_path, prefect_api, trained_here, tiny_config, monkeypatch, data
 ):
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     config = tiny_config(
         tmp_path / "store",
         "baseline=false",

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from flows.config import DigitsData, SelfTrainingConfig, ShardsData
+from flows.config import SelfTrainingConfig
+from flows.data_config import DigitsData, ShardsData
 from flows.loading import ConfigError, load_config, parse_config, recipe_names
 from flows.trained_models import GivenTeacher, TrainedTeacher
 from models.balancing import TopKConfig

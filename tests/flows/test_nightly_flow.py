@@ -27,7 +27,7 @@ def test_a_night_labels_the_new_shards_and_a_night_without_any_computes_nothing(
 ) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(
-        "flows.driving.write_report", lambda store, status, inputs: drawn.append(status["run"])
+        "flows.views.write_report", lambda store, status, inputs: drawn.append(status["run"])
     )
     monkeypatch.setattr("flows.artifacts.show_figures", lambda store, status: None)
     folder, data = tmp_path / "store", tmp_path / "data"

@@ -31,7 +31,7 @@ ONLINE = ("rounds=1", "baseline=false", "selection={}")
 
 @pytest.fixture(autouse=True)
 def _without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def fixed(
         name="fixed",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+        patch.setattr("flows.views.write_report", lambda store, status, inputs: None)
         store, _ = carried_out(config)
     return config, store
 

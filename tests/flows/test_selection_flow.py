@@ -76,7 +76,7 @@ def test_every_pass_runs_as_a_task_and_gives_the_bytes_of_a_plain_loop(
 def test_a_run_gives_its_labelled_corpus_to_rules_on_the_labels_shares(
     tmp_path, prefect_api, trained_here, tiny_config, monkeypatch
 ):
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     config = tiny_config(
         tmp_path / "store",
         "rounds=1",

@@ -74,7 +74,7 @@ def finished(
 @pytest.fixture(autouse=True)
 def _without_figures(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     """`finished` has its report; drawing one for every run would take most of the time here."""
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
     monkeypatch.setattr("flows.artifacts.show_figures", lambda store, status: None)
 
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "trained_here")
 
 @pytest.fixture(autouse=True)
 def _without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+    monkeypatch.setattr("flows.views.write_report", lambda store, status, inputs: None)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def tracked(
     """A folder with a run of one round in `store`, and its event files in `board`."""
     folder = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.driving.write_report", lambda store, status, inputs: None)
+        patch.setattr("flows.views.write_report", lambda store, status, inputs: None)
         self_training(config_of(folder, tiny_config, folder / "board"))
     return folder
 
