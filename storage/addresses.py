@@ -21,8 +21,19 @@ def canonical_json(value: object) -> bytes:
         ValueError: for NaN, infinities and text that UTF-8 cannot hold; the place is named.
         TypeError: for keys that are no strings and values that JSON does not know.
     """
+    return canonical_json_of_parsed(_checked(value, "value"))
+
+
+def canonical_json_of_parsed(value: object) -> bytes:
+    """Return `canonical_json` of what JSON was parsed to, which holds nothing that JSON cannot.
+
+    It takes a fraction of the time, and names no place in what it raises.
+
+    Raises: ValueError for numbers beyond the floats, which are parsed to infinities, and for text
+        that UTF-8 cannot hold.
+    """
     return json.dumps(
-        _checked(value, "value"),
+        value,
         sort_keys=True,
         separators=(",", ":"),
         ensure_ascii=False,

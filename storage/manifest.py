@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from storage import crash_points
-from storage.addresses import canonical_json, sha256_hex
+from storage.addresses import canonical_json, canonical_json_of_parsed, sha256_hex
 from storage.objects import CHECKSUM_READS
 from storage.store import CorruptObject, Store
 
@@ -125,7 +125,7 @@ def unsealed(data: bytes, *, where: str) -> dict[str, Any]:
     body = cast("dict[str, Any]", value)
     seal = body.pop("sha256", None)
     try:
-        found = sha256_hex(canonical_json(body))
+        found = sha256_hex(canonical_json_of_parsed(body))
     except (ValueError, RecursionError) as error:
         raise CorruptRecord(f"{where}: not a record of selftrain: {error}") from error
     if seal != found:

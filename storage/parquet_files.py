@@ -1,8 +1,7 @@
 """Parquet as we write and read it: the same bytes for the same table, and nothing unexpected."""
 
-import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow  # pyright: ignore[reportMissingTypeStubs]
@@ -21,21 +20,30 @@ ROW_GROUP_ROWS = 65_536
 ZSTD_LEVEL = 3
 
 
-def write_table(table: Any) -> bytes:
-    """Return a Parquet file's bytes: fixed settings, no time of writing, a checksum per page."""
-    buffer = io.BytesIO()
+def write_table(
+    table: Any, *, compression_level: int = ZSTD_LEVEL, has_statistics: bool = True
+) -> bytes:
+    """Return a Parquet file's bytes: fixed settings, no time of writing, a checksum per page.
+
+    Args:
+        table: to be written.
+        compression_level: of zstd.
+        has_statistics: write the least and the greatest value of each column and row group.
+    """
+    buffer = arrow.BufferOutputStream()  # written without Python, and so without its lock
     _pq.write_table(
         table,
         buffer,
         row_group_size=ROW_GROUP_ROWS,
         compression="zstd",
-        compression_level=ZSTD_LEVEL,
+        compression_level=compression_level,
         version="2.6",
         data_page_version="1.0",
         use_dictionary=False,
         write_page_checksum=True,
+        write_statistics=has_statistics,
     )
-    return buffer.getvalue()
+    return cast("bytes", buffer.getvalue().to_pybytes())
 
 
 def read_table(data: bytes, *, schema: Any, num_rows: int, where: str) -> Any:
@@ -114,9 +122,10 @@ def open_table(
 
 def _checked(source: Any, schema: Any, num_rows: int, where: str) -> Any:
     file = _pq.ParquetFile(source, page_checksum_verification=True)
-    if not file.schema_arrow.equals(schema, check_metadata=False):
-        raise ValueError(f"{where}: columns {file.schema_arrow}, not {schema}")
-    if (found := _version(file.schema_arrow)) != (wanted := _version(schema)):
+    there = file.schema_arrow  # made anew each time it is asked for
+    if not there.equals(schema, check_metadata=False):
+        raise ValueError(f"{where}: columns {there}, not {schema}")
+    if (found := _version(there)) != (wanted := _version(schema)):
         raise ValueError(f"{where}: version {found}, not {wanted}: upgrade selftrain")
     if file.metadata.num_rows != num_rows:
         raise ValueError(f"{where}: {file.metadata.num_rows} rows, not {num_rows}")

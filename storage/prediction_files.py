@@ -1,6 +1,7 @@
 """Predictions as Parquet: one schema per form, each with a version of its own."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 from storage.parquet_files import (
@@ -36,13 +37,18 @@ _LISTS_AT = 5  # before logsumexp
 def predictions_schema(
     num_classes: int, *, k: int | None = None, optional: Sequence[str] = ()
 ) -> Any:
-    """Return the Parquet schema.
+    """Return the Parquet schema; of one kind the same object each time.
 
     Args:
         num_classes: C.
         k: classes listed of each row; None for the full form.
         optional: which of the optional columns there are.
     """
+    return _schema(num_classes, k, tuple(optional))
+
+
+@lru_cache(maxsize=64)
+def _schema(num_classes: int, k: int | None, optional: tuple[str, ...]) -> Any:
     versions: dict[str, str] = {"selftrain.predictions": str(SCHEMA_VERSION)}
     schema = _SCHEMA
     if k is None:

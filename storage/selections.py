@@ -274,7 +274,10 @@ def to_parquet(selection: Selection) -> bytes:
         else:
             values = arrow.array(getattr(selection, field.name), type=field.type.value_type)
             columns.append(arrow.ListArray.from_arrays(offsets, values, type=field.type))
-    return write_table(arrow.Table.from_arrays(columns, schema=SCHEMA))
+    table = arrow.Table.from_arrays(columns, schema=SCHEMA)
+    # Read whole and by nobody who would skip rows by their statistics; a higher level takes longer
+    # and leaves as many bytes.
+    return write_table(table, compression_level=1, has_statistics=False)
 
 
 def from_parquet(data: bytes, *, num_samples: int, where: str = "selection") -> Selection:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from storage.addresses import (
-    canonical_json,
+    canonical_json_of_parsed,
     fingerprint,
     prediction_folder,
     settings_of,
@@ -343,4 +343,4 @@ def check_records(
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
-    return sha256_hex(canonical_json(record))
+    return sha256_hex(canonical_json_of_parsed(record))  # records are read back

@@ -184,6 +184,8 @@ def top_k_expected_copies(
     last = plan.last_confidences[labels]
     is_kept = exact > last
     ties = np.flatnonzero(exact == last)
+    if not len(ties):  # as in most shards: no key is asked for
+        return np.where(is_kept, plan.expected_copies[labels], 0.0)
     for row, key in zip(ties.tolist(), keys(ties).tolist(), strict=True):
         last_key = plan.last_keys[int(labels[row])]
         is_kept[row] = last_key is None or key <= last_key

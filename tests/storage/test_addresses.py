@@ -1,5 +1,6 @@
 """Canonical JSON, settings and fingerprints: golden literals and what must not change them."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,20 @@ def test_canonical_json_refuses_unknown_types(value: object):
 def test_canonical_json_refuses_keys_that_are_no_strings():
     with pytest.raises(TypeError, match="key 1 is a int, not a string"):
         canonical_json({1: "a"})
+
+
+@pytest.mark.parametrize(
+    "text", ['{"b": [1, 2.50, {"z": null, "a": true}], "a": "\u00fc"}', "[]", '"x"', "1e-7", "3"]
+)
+def test_canonical_json_of_parsed_is_canonical_json(text: str):
+    value = json.loads(text)
+    assert addresses.canonical_json_of_parsed(value) == canonical_json(value)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": "\\ud800"}'])
+def test_canonical_json_of_parsed_refuses_what_canonical_json_refuses(text: str):
+    with pytest.raises(ValueError, match=r"JSON|surrogate"):
+        addresses.canonical_json_of_parsed(json.loads(text))
 
 
 def test_canonical_json_refuses_half_a_surrogate_pair():
