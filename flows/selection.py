@@ -11,7 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from storage.corpus import load_corpus
 from storage.store import open_store
-from tasks import gating, selection, selection_passes
+from tasks import gating, selection, selection_passes, selection_writing
 from tasks.calibrating import finished_calibration
 from tasks.gating import close_gates
 from tasks.progress import Progress, report
@@ -33,7 +33,7 @@ _NAMES: dict[Any, str] = {
     selection_passes.collect_candidates: "collect-candidates",
 }
 _PASSES = {one: task(name=name, **TASK_OPTIONS)(one) for one, name in _NAMES.items()}
-write_selections = task(name="write-selections", **TASK_OPTIONS)(selection.write_selections)
+write_selections = task(name="write-selections", **TASK_OPTIONS)(selection_writing.write_selections)
 
 # Any, because Prefect declares its own task runners as no subtype of what `flow` takes (3.8.8).
 _TWO_THREADS: Any = ThreadPoolTaskRunner(max_workers=2)
@@ -128,6 +128,7 @@ def select_pseudo_labels(
         labels,
         dev,
         config,
+        groups=groups,
         guard=guard,
         facts=gated | calibrated | planned.facts,
         class_names=class_names,

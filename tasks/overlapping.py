@@ -1,4 +1,4 @@
-"""Work that goes on in a thread beside the main work: one item read ahead, one written behind."""
+"""Work that goes on in threads beside the main work: items read ahead, items written behind."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -9,35 +9,45 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Generator[R]:
-    """Yield `read` of every item in order, and read the next one while this one is used.
+def read_ahead(items: Iterable[T], read: Callable[[T], R], *, threads: int = 1) -> Generator[R]:
+    """Yield `read` of every item in order, and read the next ones while this one is used.
 
     An error of `read` is raised where its item is due.
+
+    Args:
+        items: what to read.
+        read: called from threads.
+        threads: that read, and so items that are held besides the one in use.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-        following: Future[R] | None = None
+    with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
+        following: deque[Future[R]] = deque()
         for item in items:
-            current, following = following, thread.submit(read, item)
-            if current is not None:
-                yield current.result()
-        if following is not None:
-            yield following.result()
+            following.append(pool.submit(read, item))
+            if len(following) > threads:
+                yield following.popleft().result()
+        while following:
+            yield following.popleft().result()
 
 
-def write_behind(items: Iterable[T], write: Callable[[T], R]) -> Generator[R]:
-    """Yield `write` of every item in order, and write one while the next is made.
+def write_behind(items: Iterable[T], write: Callable[[T], R], *, threads: int = 1) -> Generator[R]:
+    """Yield `write` of every item in order, and write some while the next is made.
 
     An item is yielded when it is written. Whatever was taken from `items` is written in any case,
     be it that making the next one fails or that nobody wants any more. An error of `write` is
-    raised before another item is taken.
+    raised when as many more items as there are threads have been taken, or before.
+
+    Args:
+        items: what to write.
+        write: called from threads.
+        threads: that write, and so items that are held besides the one that is made.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as thread:
+    with ThreadPoolExecutor(threads, thread_name_prefix="write-behind") as pool:
         pending: deque[Future[R]] = deque()
         try:
             for item in items:
-                while pending:
+                while len(pending) >= threads:
                     yield pending.popleft().result()
-                pending.append(thread.submit(write, item))
+                pending.append(pool.submit(write, item))
         finally:
             # Also where making an item failed: the write that goes on must not fail unseen.
             unseen = [future.exception() for future in pending]

@@ -3,44 +3,37 @@
 The order is fixed (gate -> calibrate -> debias -> threshold -> weight -> balance -> write) and
 asserted by `SelectionInputs`: a threshold is a statement about probabilities, and what is dropped
 must not count in a mean, a threshold or a quota. The gates are in `tasks/gating.py`, what lies
-between calibrating and writing in `tasks/selection_passes.py`.
+between calibrating and writing in `tasks/selection_passes.py`, writing in
+`tasks/selection_writing.py`.
 """
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.balancing import FinishedPlan, assign_copies, classes_per_image
 from models.calibration import apply_temperature, fit_temperature, platt_smoothing
 from models.calibration_vector import fit_vector_scaling
 from models.evaluation.calibration_error import expected_calibration_error
-from models.randomness import Block, derive_seed, uniforms
+from models.randomness import derive_seed
 from models.thresholds import (
     AgreementThresholdConfig,
     FixedThresholdConfig,
     UncertaintyThresholdConfig,
 )
-from storage import crash_points
 from storage.addresses import settings_of
 from storage.corpus import Corpus, load_corpus
 from storage.manifest import (
     InputReference,
     Manifest,
-    StoredObject,
     commit_manifest,
-    create_record,
     put_object,
-    read_record,
     read_stored,
 )
 from storage.prediction_columns import PredictionReference
 from storage.predictions import Form, prediction_record
-from storage.selections import Reason, Selection, to_parquet
 from storage.store import Store
 from tasks import provenance
 from tasks.calibrating import read_dev_predictions
@@ -48,14 +41,13 @@ from tasks.classifiers import class_order
 from tasks.distributions import Calibration
 from tasks.labeling import check_records
 from tasks.selection_config import SelectionConfig
-from tasks.selection_rows import Rows, SelectionInputs
-from tasks.selection_summary import ShardCounts, check_selection_is_sound, summarize
+from tasks.selection_rows import SelectionInputs
+from tasks.selection_summary import check_selection_is_sound, summarize
+from tasks.selection_writing import written_shards
 from tasks.shard_records import read_of_each
 from tasks.specifications import Specification
 
 VERSION = 1
-RECORD_SCHEMA = 1
-_WRITERS = 4
 
 
 def specify(
@@ -197,55 +189,6 @@ def _prediction_references(
     return {shard.stem: PredictionReference.of(record) for shard, record in records}
 
 
-def write_selections(
-    store: Store,
-    specification: Specification,
-    inputs: SelectionInputs,
-    stems: Sequence[str],
-    config: SelectionConfig,
-    plan: FinishedPlan,
-) -> int:
-    """Write and record each shard's selection, save those already recorded.
-
-    Returns: the number of shards written now.
-    """
-    inputs.assert_next("write")
-
-    def write(stem: str) -> bool:
-        digest = inputs.shards[stem].shard
-        if read_record(store, specification.record_path(digest)) is not None:
-            return False
-        # The one pass that reads files whole: each is checked before its selection is committed.
-        rows = Rows.read(store, inputs, stem, to_write=True)
-        assert rows.true_labels is not None, "read to write"
-        selection, item_classes = _select(rows, plan, inputs, config)
-        data = to_parquet(selection)
-        stored = put_object(
-            store, specification.folder, digest, data, "parquet", crash_kind="select"
-        )
-        crash_points.reach("select.between_data_and_record")
-        counts = ShardCounts.of(
-            selection,
-            rows.true_labels,
-            rows.confidences,
-            inputs.num_classes,
-            item_classes=item_classes,
-        )
-        body = {
-            "schema": RECORD_SCHEMA,
-            "stem": stem,
-            "object": asdict(stored),
-            "counts": counts.to_json(),
-            "listed_targets": selection.num_listed,
-        }
-        create_record(store, specification.record_path(digest), body)
-        return True
-
-    # Most of a shard's time is waiting until its bytes are safely on the disk or in the bucket.
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        return sum(pool.map(write, stems))
-
-
 def finish(
     store: Store,
     specification: Specification,
@@ -253,24 +196,29 @@ def finish(
     validation: Manifest | None,
     config: SelectionConfig,
     *,
+    groups: Sequence[Sequence[str]],
     guard: Manifest | None = None,
     facts: dict[str, Any],
     class_names: Sequence[str],
     seconds: float,
 ) -> Manifest:
-    """Merge the shards' counts, refuse an empty or collapsed selection, commit.
+    """Merge the groups' counts, refuse an empty or collapsed selection, commit.
 
+    Args:
+        store: where it is.
+        specification: of the selection.
+        labeling: whose predictions were selected from.
+        validation: that was read, if any.
+        config: the rules.
+        groups: of stems, as they were given to `write_selections`.
+        guard: that was read, if any.
+        facts: for the summary.
+        class_names: of the run.
+        seconds: that the stage took, for its provenance.
     Raises: EmptySelection, CollapsedSelection (with the class table).
     """
     corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
-    records: list[dict[str, Any]] = []
-    for shard, record in read_of_each(
-        corpus.shards, lambda shard: read_record(store, specification.record_path(shard.digest))
-    ):
-        if record is None:
-            raise ValueError(f"selection: shard {shard.stem} has no record; run it again")
-        records.append(record)
-    counts = [ShardCounts.from_json(record["counts"]) for record in records]
+    written, counts = written_shards(store, specification, corpus, groups)
     summary = summarize(counts, class_names=class_names, facts=facts)
     check_selection_is_sound(
         summary,
@@ -299,18 +247,13 @@ def finish(
         stage_version=specification.version,
         settings=specification.settings,
         inputs=inputs,
-        objects=(*(StoredObject(**record["object"]) for record in records), summary_object),
+        objects=(*(one.stored for one in written), summary_object),
         counts={
             "kept": summary["kept"],
             "unique": summary["unique"],
             "samples": summary["samples"],
-            "items": {record["stem"]: c.items for record, c in zip(records, counts, strict=True)},
-            # Shards that were written before this was counted have none.
-            "listed_targets": {
-                record["stem"]: record["listed_targets"]
-                for record in records
-                if "listed_targets" in record
-            },
+            "items": {one.stem: one.items for one in written},
+            "listed_targets": {one.stem: one.listed_targets for one in written},
         },
     )
     provenance.record(store, specification.folder, seconds=seconds, device=None)
@@ -320,60 +263,6 @@ def finish(
 def read_summary(store: Store, manifest: Manifest) -> dict[str, Any]:
     """Return the summary of a finished selection."""
     return json.loads(read_stored(store, manifest.object("summary")))
-
-
-def _select(
-    rows: Rows, plan: FinishedPlan, inputs: SelectionInputs, config: SelectionConfig
-) -> tuple[Selection, NDArray[np.integer] | None]:
-    """Return the selection, and the class of each item where an image may have several."""
-    assert inputs.weighting is not None, "weights come before"
-    ranked = rows.ranked(inputs, config.balance)
-
-    def keys_of(chosen: NDArray[np.intp]) -> NDArray[np.str_]:
-        return rows.sample_keys(ranked.rows[chosen])
-
-    found = assign_copies(
-        plan,
-        ranked.labels,
-        ranked.values,
-        keys_of,
-        lambda chosen: uniforms(
-            inputs.stream, rows.key_hashes(ranked.rows[chosen]), block=Block.BALANCE
-        ),
-    )
-    reason = np.full(rows.num_samples, Reason.BELOW_THRESHOLD, dtype=np.int8)
-    reason[ranked.rows] = Reason.OVER_QUOTA
-    reason[ranked.rows[found > 0]] = Reason.KEPT
-    if rows.turned_down is not None:
-        reason = np.where(rows.turned_down == Reason.KEPT, reason, rows.turned_down)
-    assert rows.keys is not None, "read to write"
-    if classes_per_image(config.balance) > 1:
-        taken = found > 0
-        selection = Selection.of_several(
-            rows.keys,
-            reason=reason,
-            weight=rows.weights(inputs.weighting),
-            label=rows.labels,
-            rows=ranked.rows[taken],
-            classes=ranked.labels[taken],
-        )
-        return selection, ranked.labels[taken]
-    copies = np.zeros(rows.num_samples, dtype=np.uint16)
-    copies[ranked.rows] = found
-    log_probs = class_ids = rest_mass = None
-    if config.target == "soft":
-        log_probs, class_ids, rest_mass = rows.soft_targets()
-    selection = Selection.of(
-        rows.keys,
-        reason=reason,
-        copies=copies,
-        weight=rows.weights(inputs.weighting),
-        label=rows.labels,
-        log_probs=log_probs,
-        class_ids=class_ids,
-        rest_mass=rest_mass,
-    )
-    return selection, None
 
 
 def _labeled_counts(store: Store, digest: str, class_names: Sequence[str]) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ class CollapsedSelection(ValueError):
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """Counts of one shard; they add.
+    """Counts of one shard, or of several: they add.
 
     Attributes:
         quality: samples, items, distinct images, and how many of those are truly labelled.
@@ -80,22 +80,23 @@ class ShardCounts:
             copies = np.bincount(item_classes, minlength=num_classes)
         reasons = np.bincount(selection.reason, minlength=len(Reason))
         bins = np.minimum((confidences * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+        known = np.flatnonzero(true_labels >= 0)  # of an unlabelled corpus mostly none
+        correct = known[labels[known] == true_labels[known]]
 
-        def by_bin(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-            return np.bincount(bins[mask], minlength=CONFIDENCE_BINS).astype(np.int64)
+        def by_bin(rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> NDArray[np.int64]:
+            return np.bincount(bins[rows], minlength=CONFIDENCE_BINS).astype(np.int64)
 
-        is_known = true_labels >= 0
-        is_true = labels == true_labels
+        kept_by_bin = by_bin(kept)
         return cls(
             quality=pseudo_label_quality(labels, true_labels, selection.copies),
             predicted=np.bincount(labels, minlength=num_classes),
             unique=np.bincount(labels[kept], minlength=num_classes),
             copies=copies.astype(np.int64),
             reasons={reason.name.lower(): int(reasons[reason]) for reason in Reason},
-            kept_by_confidence=by_bin(kept),
-            rejected_by_confidence=by_bin(~kept),
-            correct_by_confidence=by_bin(is_known & is_true),
-            known_by_confidence=by_bin(is_known),
+            kept_by_confidence=kept_by_bin,
+            rejected_by_confidence=by_bin(slice(None)) - kept_by_bin,
+            correct_by_confidence=by_bin(correct),
+            known_by_confidence=by_bin(known),
         )
 
     def __add__(self, other: "ShardCounts") -> "ShardCounts":
@@ -121,13 +122,10 @@ class ShardCounts:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "ShardCounts":
-        """Read the stored form, or that of before, in which each array was a list of numbers."""
-        if "arrays" in stored:
-            sizes = [stored["num_classes"]] * 3 + [CONFIDENCE_BINS] * 4
-            flat = from_text(stored["arrays"], (sum(sizes),))
-            arrays = np.split(flat, np.cumsum(sizes)[:-1])
-        else:
-            arrays = [np.asarray(stored[name], dtype=np.int64) for name in _ARRAYS]
+        """Read the stored form."""
+        sizes = [stored["num_classes"]] * 3 + [CONFIDENCE_BINS] * 4
+        flat = from_text(stored["arrays"], (sum(sizes),))
+        arrays = np.split(flat, np.cumsum(sizes)[:-1])
         return cls(
             quality=PseudoLabelQuality(
                 total=stored["total"],
@@ -158,7 +156,7 @@ def summarize(
     """Merge the shards' counts into the stored summary of a selection.
 
     Args:
-        counts: of every shard.
+        counts: of all shards, one each or added up before.
         class_names: of the run.
         facts: what else to record, such as the temperature and the quota.
     """

@@ -48,9 +48,13 @@ class Specification:
         """Folder of the result, relative to the store."""
         return folder_of(self.kind, self.fingerprint)
 
-    def record_path(self, shard_digest: str) -> str:
-        """Return the path of what the stage records of one shard, relative to the store."""
-        return f"{self.folder}/shards/{shard_digest}.json"
+    def record_path(self, digest: str) -> str:
+        """Return the path of what the stage records of one shard or group, relative to the store.
+
+        Args:
+            digest: of the shard, or of the digests of the group's shards.
+        """
+        return f"{self.folder}/shards/{digest}.json"
 
     def result(self, store: Store) -> Manifest | None:
         """Return the committed result, verified, or None where there is none yet."""

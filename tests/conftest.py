@@ -36,7 +36,7 @@ from storage.patterns import expand_shards
 from storage.predictions import Predictions, write_predictions
 from storage.predictions import to_parquet as predictions_to_parquet
 from storage.store import Store, open_store
-from tasks import evaluation, labeling, selection
+from tasks import evaluation, labeling, selection, selection_writing
 from tasks.classifiers import StoredClassifier, load_classifier
 from tasks.ensembles import Ensemble
 from tasks.gating import close_gates
@@ -218,11 +218,11 @@ def run_selection(
     labeled: str | None = None,
     guard: Manifest | None = None,
     groups: Sequence[Sequence[str]] | None = None,
-    only_write: Sequence[str] | None = None,
+    only_write: Sequence[Sequence[str]] | None = None,
 ) -> Manifest:
     """What flows/selection.py does, without Prefect, over any grouping of the shards.
 
-    With `only_write` it is cut off after these shards.
+    With `only_write` it is cut off after these groups.
     """
     specification = selection.specify(
         config,
@@ -245,8 +245,8 @@ def run_selection(
         store, specification, inputs, validation, class_names=class_names
     )
     planned = plan_selection(inputs, config, mapped)
-    for group in groups if only_write is None else [only_write]:
-        selection.write_selections(
+    for group in groups if only_write is None else only_write:
+        selection_writing.write_selections(
             store, specification, planned.inputs, group, config, planned.plan
         )
     return selection.finish(
@@ -255,6 +255,7 @@ def run_selection(
         labels,
         validation,
         config,
+        groups=groups,
         guard=guard,
         facts=gated | calibrated | planned.facts,
         class_names=class_names,

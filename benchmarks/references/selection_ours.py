@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.references.selection_data import CLASS_NAMES, Problem, labeling_of
 from benchmarks.references.selection_process import cpu_seconds, peak_bytes
 from storage.corpus import load_corpus
-from tasks import selection
+from tasks import selection, selection_writing
 from tasks.selection_passes import plan_selection
 from tasks.specifications import finished_result
 
@@ -52,7 +52,7 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         planned = plan_selection(inputs, config, mapped)
         writing = [
             pool.submit(
-                selection.write_selections,
+                selection_writing.write_selections,
                 store,
                 specification,
                 planned.inputs,
@@ -71,6 +71,7 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         labels,
         None,
         config,
+        groups=groups,
         facts=facts | planned.facts,
         class_names=CLASS_NAMES,
         seconds=time.monotonic() - started,

@@ -18,7 +18,7 @@ from storage.manifest import Manifest
 from storage.patterns import expand_shards
 from storage.predictions import Predictions, write_predictions
 from storage.store import Store, open_store
-from tasks import labeling, selection
+from tasks import labeling, selection, selection_writing
 from tasks.gating import close_gates
 from tasks.selection import SelectionConfig
 from tasks.selection_passes import plan_selection
@@ -131,13 +131,16 @@ def _select_all(store: Store, labels: Manifest) -> Manifest:
     inputs, _ = close_gates(store, inputs, config, None, None, mapped)
     inputs, facts = selection.calibrate(store, specification, inputs, None, class_names=CLASS_NAMES)
     planned = plan_selection(inputs, config, mapped)
-    selection.write_selections(store, specification, planned.inputs, stems, config, planned.plan)
+    selection_writing.write_selections(
+        store, specification, planned.inputs, stems, config, planned.plan
+    )
     return selection.finish(
         store,
         specification,
         labels,
         None,
         config,
+        groups=[stems],
         facts=facts,
         class_names=CLASS_NAMES,
         seconds=0.0,

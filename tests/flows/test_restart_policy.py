@@ -100,7 +100,7 @@ def test_a_labelling_counts_the_shards_that_its_labeler_has_recorded(store: Stor
     assert progress_marks(store, "run") == {LABELING[:16]: [0, 2]}
 
 
-def test_a_selection_counts_the_shards_that_it_has_recorded(store: Store) -> None:
+def test_a_selection_counts_the_groups_that_it_has_recorded(store: Store) -> None:
     refer(store, "select", TEACHER)
     store.put(f"{folder_of('select', TEACHER)}/shards/one.json", b"{}")
     store.put(f"{folder_of('select', TEACHER)}/one.parquet", b"rows")

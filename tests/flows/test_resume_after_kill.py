@@ -52,7 +52,7 @@ CRASH_POINTS = [
     "label.before_manifest",
     "label.after_manifest",
     "select.before_data#4",
-    "select.between_data_and_record#3",
+    "select.between_data_and_record",
     "select.before_manifest",
     "select.after_manifest",
     "checkpoint.between_data_and_record#3",  # round 1's student

@@ -129,3 +129,57 @@ def test_what_was_made_is_written_though_the_rest_is_not_wanted_or_fails(how):
             next(writing)
     assert written[0] == "a"
     assert how == "closed" or written == ["a", "b"]
+
+
+def test_as_many_items_are_read_ahead_as_there_are_threads():
+    begun, all_three = [], threading.Barrier(3, timeout=10)
+
+    def read(item):
+        begun.append(item)
+        if item in (1, 2, 3):
+            all_three.wait()  # would break if fewer were read at a time
+        return item
+
+    reading = read_ahead(range(6), read, threads=3)
+    assert [next(reading), next(reading)] == [0, 1]
+    assert max(begun) <= 4  # the one in use, and three ahead
+    assert list(reading) == [2, 3, 4, 5]
+
+
+def test_as_many_items_are_written_behind_as_there_are_threads():
+    made, written, together = [], [], threading.Barrier(3, timeout=10)
+
+    def make():
+        for item in range(6):
+            assert len(made) - len(written) <= 3
+            made.append(item)
+            yield item
+
+    def write(item):
+        together.wait()  # would break if fewer were written at a time
+        written.append(item)
+        return item
+
+    assert list(write_behind(make(), write, threads=3)) == list(range(6))
+
+
+def test_an_error_of_one_of_several_writers_is_raised_and_the_others_finish():
+    taken, written, release = [], [], threading.Event()
+
+    def make():
+        for item in range(9):
+            taken.append(item)
+            if item == 3:
+                release.set()
+            yield item
+
+    def write(item):
+        assert release.wait(10)
+        if item == 0:
+            raise OSError("disk full at 0")
+        written.append(item)
+
+    with pytest.raises(OSError, match="disk full at 0"):
+        list(write_behind(make(), write, threads=3))
+    assert taken == [0, 1, 2, 3]
+    assert sorted(written) == [1, 2]

@@ -25,7 +25,7 @@ from models.weighting import ConfidenceWeightConfig, SoftMatchConfig
 from storage.corpus import Corpus, Shard, save_corpus
 from storage.manifest import read_stored
 from storage.selections import Reason, from_parquet
-from tasks import selection, selection_passes
+from tasks import selection, selection_passes, selection_writing
 from tasks.distributions import Calibration
 from tasks.selection import SelectionConfig, read_summary
 from tasks.selection_rows import STEPS
@@ -392,7 +392,7 @@ def test_steps_out_of_order_are_refused(lab):
     with pytest.raises(AssertionError, match="debias comes after"):
         inputs.after("debias").after("debias")
     with pytest.raises(AssertionError, match="write comes after"):
-        selection.write_selections(lab.store, specification, inputs, ["a"], chosen, None)  # pyright: ignore[reportArgumentType]
+        selection_writing.write_selections(lab.store, specification, inputs, ["a"], chosen, None)  # pyright: ignore[reportArgumentType]
     assert STEPS == ("gate", "calibrate", "debias", "threshold", "weight", "balance", "write")
 
 

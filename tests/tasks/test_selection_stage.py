@@ -370,15 +370,33 @@ def test_a_selection_that_was_cut_off_goes_on_and_ends_in_the_same_bytes(lab, tm
     whole = select(lab, chosen)
     fresh = lab.in_empty_store(tmp_path / "cut")
     labels = plant(fresh)
+    groups = [["a", "b"], ["c"]]
     with pytest.raises(ValueError, match="shard c has no record; run it again"):
-        select(fresh, chosen, labels=labels, only_write=["a", "b"])
+        select(fresh, chosen, labels=labels, groups=groups, only_write=groups[:1])
     written = {
         p: p.stat().st_mtime_ns for p in Path(fresh.store.url).glob("selections/*/*.parquet")
     }
     assert len(written) == 2
-    resumed = select(fresh, chosen, labels=labels)
+    resumed = select(fresh, chosen, labels=labels, groups=groups)
     assert resumed.sha256 == whole.sha256
     assert {p: p.stat().st_mtime_ns for p in written} == written
+
+
+def test_a_selection_that_goes_on_in_other_groups_ends_in_the_same_bytes(lab, tmp_path):
+    chosen = config(balance=TopKConfig(k=3), target="soft")
+    whole = select(lab, chosen)
+    fresh = lab.in_empty_store(tmp_path / "cut")
+    labels = plant(fresh)
+    groups = [["a", "b"], ["c"]]
+    with pytest.raises(ValueError, match="shard c has no record"):
+        select(fresh, chosen, labels=labels, groups=groups, only_write=groups[:1])
+    resumed = select(fresh, chosen, labels=labels, groups=[["c", "a"], ["b"]])
+    assert resumed.sha256 == whole.sha256
+
+
+def test_a_shard_that_is_in_no_group_is_an_error(lab):
+    with pytest.raises(ValueError, match="shard b is in no group"):
+        select(lab, config(), groups=[["c"], ["a"]])
 
 
 def test_shards_of_which_nothing_passes_or_that_are_empty_are_written_too(lab):
