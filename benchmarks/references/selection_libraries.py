@@ -1,16 +1,20 @@
 """The same selection in DuckDB and in Polars: `python -m ... PLAN FOLDER ROWS SHARDS`.
 
-Of each shard the kept rows (key, label, copies) are written into a file of their own. Copies are
-rounded by a hash of the library's own, so they may differ from ours where their expectation is not
-whole; keys and labels may not.
+Of each shard the kept rows (key, label, copies) are written into a file of their own; in the plans
+named `..._every_row` all rows are, each with its reason, from files whose sha256 was checked, into
+files that are synced to the disk: what our stage does. Copies are rounded by a hash of the
+library's own, so they may differ from ours where their expectation is not whole; keys, labels and
+reasons may not.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,19 @@ THREADS = 2
 os.environ["POLARS_MAX_THREADS"] = str(THREADS)  # before polars is imported
 
 
+_DUCKDB: dict[str, Any] = {
+    "threads": THREADS,
+    "preserve_insertion_order": False,
+    "partitioned_write_max_open_files": 10_000,  # more than there are shards: none is begun twice
+}
+
+
 def duckdb_window(files: str, out: Path, problem: Problem, memory: str | None = None) -> None:
     """Number the rows of each class, in one statement; it spills where memory ends."""
     import duckdb
 
     quota = problem.quota
-    settings: dict[str, Any] = {"threads": THREADS, "preserve_insertion_order": False}
+    settings = dict(_DUCKDB)
     if memory is not None:
         settings |= {"memory_limit": memory, "temp_directory": f"{out}-spill"}
     duckdb.connect(config=settings).execute(f"""
@@ -56,14 +67,7 @@ def duckdb_two_passes(files: str, out: Path, problem: Problem, memory: str = "51
     import duckdb
 
     quota = problem.quota
-    db = duckdb.connect(
-        config={
-            "threads": THREADS,
-            "preserve_insertion_order": False,
-            "memory_limit": memory,
-            "temp_directory": f"{out}-spill",
-        }
-    )
+    db = duckdb.connect(config=_DUCKDB | {"memory_limit": memory, "temp_directory": f"{out}-spill"})
     passed = f"""
         SELECT key, label, confidence, file_index AS shard,
                least(floor(confidence * 4096), 4095)::SMALLINT AS bin
@@ -104,6 +108,40 @@ def duckdb_two_passes(files: str, out: Path, problem: Problem, memory: str = "51
     """)
 
 
+def duckdb_every_row(files: str, out: Path, problem: Problem) -> None:
+    """Write every row with its reason, from verified files, and sync what is written."""
+    import duckdb
+
+    _verify(files)
+    quota = problem.quota
+    duckdb.connect(config=_DUCKDB).execute(f"""
+        COPY (
+          WITH judged AS (
+            SELECT key, label, confidence, file_index AS shard,
+                   confidence >= {THRESHOLD}::FLOAT AS passes
+            FROM read_parquet('{files}')
+          ), ranked AS (
+            SELECT key, label, shard, passes,
+                   count(*) FILTER (passes) OVER (PARTITION BY label) AS n,
+                   row_number() OVER (PARTITION BY label ORDER BY confidence DESC, shard, key) AS r
+            FROM judged
+          ), expected AS (
+            SELECT key, label, shard, passes, passes AND r <= {quota} AS kept,
+                   least({MAX_COPIES}, {quota} / least(n, {quota})) AS e
+            FROM ranked
+          )
+          SELECT shard, key, kept,
+                 (CASE WHEN kept THEN 0 WHEN passes THEN 2 ELSE 1 END)::TINYINT AS reason,
+                 (CASE WHEN kept THEN floor(e) + (
+                   hash(shard, key) % 1000003 / 1000003.0 < e - floor(e))::INT ELSE 0 END
+                 )::USMALLINT AS copies,
+                 kept::FLOAT AS weight, label
+          FROM expected
+        ) TO '{out}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (shard))
+    """)
+    _sync(out)
+
+
 def polars_window(files: str, out: Path, problem: Problem) -> None:
     """Sort by class and confidence, number within the class, write each shard's rows."""
     import polars as pl
@@ -131,9 +169,72 @@ def polars_window(files: str, out: Path, problem: Problem) -> None:
         "label",
         copies=(pl.col("expected").floor() + (draw < rest).cast(pl.UInt16)).cast(pl.UInt16),
     )
+    _write_parts(kept, out)
+
+
+def polars_every_row(files: str, out: Path, problem: Problem) -> None:
+    """Write every row with its reason, from verified files, and sync what is written."""
+    import polars as pl
+
+    _verify(files)
+    quota = problem.quota
+    numbered = (
+        pl.scan_parquet(files, include_file_paths="shard")
+        .select("key", "label", "confidence", pl.col("shard").cast(pl.Categorical))
+        .collect()
+        .sort(["label", "confidence", "shard", "key"], descending=[False, True, False, False])
+        .with_columns(passes=pl.col("confidence") >= pl.lit(THRESHOLD, pl.Float32))
+        .with_columns(
+            kept=pl.col("passes") & (pl.int_range(pl.len()).over("label") < quota),
+            expected=(
+                quota / pl.col("passes").sum().over("label").clip(lower_bound=1, upper_bound=quota)
+            ).clip(upper_bound=MAX_COPIES),
+        )
+    )
+    rest = pl.col("expected") - pl.col("expected").floor()
+    draw = pl.struct("shard", "key").hash() % 1_000_003 / 1_000_003
+    copies = (pl.col("expected").floor() + (draw < rest).cast(pl.UInt16)).cast(pl.UInt16)
+    rows = numbered.select(
+        "shard",
+        "key",
+        "kept",
+        reason=pl.when("kept").then(0).when("passes").then(2).otherwise(1).cast(pl.Int8),
+        copies=pl.when("kept").then(copies).otherwise(pl.lit(0, pl.UInt16)),
+        weight=pl.col("kept").cast(pl.Float32),
+        label="label",
+    )
+    _write_parts(rows, out)
+    _sync(out)
+
+
+def _write_parts(rows: Any, out: Path) -> None:
+    """Write a file of each shard's rows, numbered in the order of the shards' names."""
     out.mkdir(parents=True)
-    for number, part in enumerate(kept.partition_by("shard", include_key=False)):
-        part.write_parquet(out / f"{number:05d}.parquet")
+    parts = rows.partition_by("shard", as_dict=True, include_key=False)
+    for number, shard in enumerate(sorted(str(shard) for (shard,) in parts)):
+        parts[(shard,)].write_parquet(out / f"{number:05d}.parquet")
+
+
+def _verify(files: str) -> None:
+    """Check every file against the sha256 in its name."""
+
+    def check(path: Path) -> None:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem.split("-")[1], path
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(check, Path(files).parent.glob("*.parquet")))
+
+
+def _sync(out: Path) -> None:
+    """Have every file below a folder on the disk."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    with ThreadPoolExecutor(4 * THREADS) as pool:  # as many as our stage has
+        list(pool.map(sync, out.rglob("*.parquet")))
 
 
 def read_only(files: str, out: Path, problem: Problem) -> None:
@@ -154,6 +255,8 @@ PLANS: dict[str, Callable[..., None]] = {
     "duckdb_window_512mb": partial(duckdb_window, memory="512MB"),
     "duckdb_two_passes": duckdb_two_passes,
     "polars_window": polars_window,
+    "duckdb_every_row": duckdb_every_row,
+    "polars_every_row": polars_every_row,
     "read_only": read_only,
 }
 
