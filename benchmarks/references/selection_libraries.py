@@ -31,6 +31,8 @@ _DUCKDB: dict[str, Any] = {
     "preserve_insertion_order": False,
     "partitioned_write_max_open_files": 10_000,  # more than there are shards: none is begun twice
 }
+# Where memory is not limited, a partition is written at once, and not in hundreds of row groups.
+_IN_MEMORY = {"partitioned_write_flush_threshold": 100_000_000}
 
 
 def duckdb_window(files: str, out: Path, problem: Problem, memory: str | None = None) -> None:
@@ -38,9 +40,9 @@ def duckdb_window(files: str, out: Path, problem: Problem, memory: str | None = 
     import duckdb
 
     quota = problem.quota
-    settings = dict(_DUCKDB)
+    settings = _DUCKDB | _IN_MEMORY
     if memory is not None:
-        settings |= {"memory_limit": memory, "temp_directory": f"{out}-spill"}
+        settings = _DUCKDB | {"memory_limit": memory, "temp_directory": f"{out}-spill"}
     duckdb.connect(config=settings).execute(f"""
         COPY (
           WITH passed AS (
@@ -114,7 +116,7 @@ def duckdb_every_row(files: str, out: Path, problem: Problem) -> None:
 
     _verify(files)
     quota = problem.quota
-    duckdb.connect(config=_DUCKDB).execute(f"""
+    duckdb.connect(config=_DUCKDB | _IN_MEMORY).execute(f"""
         COPY (
           WITH judged AS (
             SELECT key, label, confidence, file_index AS shard,
