@@ -3,13 +3,14 @@
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.graph import EvaluationKind, View
+from flows.graph import EvaluationKind
 from storage.corpus import load_corpus
 from storage.store import open_store
 from tasks import evaluation, stages
 from tasks.classifiers import read_description
 from tasks.devices import DeviceChoice
 from tasks.stages import Reference, reused
+from tasks.teacher_views import Shown
 
 
 @flow(name="evaluate", persist_result=False)
@@ -47,7 +48,7 @@ def evaluate_model(
         kind,
         model=model,
         corpus=corpus,
-        view=View.of(description).to_json(),
+        view=Shown.of(description).to_json(),
         class_names=tuple(class_names or description.class_names),
     )
     there = reused(opened, specification)

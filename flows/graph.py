@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 from flows.approvals import with_threshold
 from flows.config import SelfTrainingConfig
@@ -24,32 +24,11 @@ from tasks.classifiers import read_description
 from tasks.labeling_config import LabelingConfig, resolved_form
 from tasks.selection_config import SelectionConfig
 from tasks.specifications import Specification
+from tasks.teacher_views import Shown
 from tasks.training_orders import FollowerRole, Needs, Role, baseline_config, needs_of
 from tasks.training_orders import specify as specify_training
 
 EvaluationKind = Literal["validate", "test"]
-
-
-@dataclass(frozen=True)
-class View:
-    """The clean view that a model sees."""
-
-    image_size: int
-    crop_padding: int
-    interpolation: str
-
-    @classmethod
-    def of(cls, config: Any) -> "View":
-        """Take the view out of a training's config or a model's description."""
-        return cls(config.image_size, config.crop_padding, config.interpolation)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings that enter fingerprints."""
-        return {
-            "image_size": self.image_size,
-            "crop_padding": self.crop_padding,
-            "interpolation": self.interpolation,
-        }
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class ModelRef:
     """
 
     fingerprint: str
-    view: View
+    view: Shown
     round_index: int
     earlier: tuple["ModelRef", ...] = field(default=(), repr=False)
 
@@ -101,8 +80,8 @@ class RunGraph:
 
     config: SelfTrainingConfig
     pins: Pins
-    given_view: View | None = None
-    extra_views: Mapping[str, View] = field(default_factory=dict[str, View])
+    given_view: Shown | None = None
+    extra_views: Mapping[str, Shown] = field(default_factory=dict[str, Shown])
     thresholds: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def teacher(self) -> tuple[Training, ...]:
@@ -138,7 +117,7 @@ class RunGraph:
             class_names=self.pins.class_names,
         )
 
-    def teachers(self, teacher: ModelRef) -> dict[str, View]:
+    def teachers(self, teacher: ModelRef) -> dict[str, Shown]:
         """Return who labels in a teacher's round and what each is shown, the teacher first."""
         earlier = teacher.earlier[: self.config.extra_teachers.earlier_rounds]
         found = {model.fingerprint: model.view for model in (teacher, *earlier)}
@@ -361,8 +340,8 @@ def graph_of(
         thresholds: as in `RunGraph`; None: none were given.
     """
 
-    def view_of(model: str) -> View:
-        return View.of(read_description(store, model))
+    def view_of(model: str) -> Shown:
+        return Shown.of(read_description(store, model))
 
     given = pins.given_teacher
     return RunGraph(
@@ -378,4 +357,4 @@ def model_of(trainings: Sequence[Training]) -> ModelRef:
     """Return the model that a chain of trainings ends with."""
     specification, config = trainings[-1]
     round_index = specification.settings["round_index"]
-    return ModelRef(specification.fingerprint, View.of(config), round_index)
+    return ModelRef(specification.fingerprint, Shown.of(config), round_index)

@@ -15,7 +15,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import engines
 from flows.engine_config import LOCAL_ENGINE, EngineConfig, LocalEngine
-from flows.graph import View
 from storage.corpus import Shard, load_corpus
 from storage.store import Store, open_store
 from tasks import labeling
@@ -31,6 +30,7 @@ from tasks.predicting import Cut
 from tasks.shard_groups import group_shards, work_of
 from tasks.specifications import Specification
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
+from tasks.teacher_views import Shown
 
 # Processes need seconds to start: below so many images' work the run's own is sooner done, and
 # above it each of them has so many at least.
@@ -163,7 +163,7 @@ def labeler_of(
     if len(set(models)) < len(models):
         raise ValueError(f"a teacher is named twice: {', '.join(one[:12] for one in models)}")
     descriptions = {model: read_description(store, model) for model in models}
-    views = {model: View.of(one).to_json() for model, one in descriptions.items()}
+    views = {model: Shown.of(one).to_json() for model, one in descriptions.items()}
     names = list(class_names or descriptions[models[0]].class_names)
     first, *others = models
     labeler = labeling.labeler_fingerprint(

@@ -1,6 +1,6 @@
 """What teachers are shown of an image: all that this takes of them, without their networks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,22 +9,27 @@ from numpy.typing import NDArray
 from models.architectures import Interpolation
 from models.description import ModelDescription
 from models.randomness import derive_seed
+from models.training_config import TrainingConfig
 from models.views import KRandomViewConfig, View, ViewConfig, views_of
 from tasks.images import clean_view, random_resized_view
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How one teacher looks at images."""
+    """The clean view that a model is shown."""
 
     image_size: int
     crop_padding: int
     interpolation: Interpolation
 
     @classmethod
-    def of(cls, description: ModelDescription) -> "Shown":
-        """Return what a description says of it."""
-        return cls(description.image_size, description.crop_padding, description.interpolation)
+    def of(cls, config: ModelDescription | TrainingConfig) -> "Shown":
+        """Take the view out of a training's config or a model's description."""
+        return cls(config.image_size, config.crop_padding, config.interpolation)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings that enter fingerprints."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from flows.collecting import collect
 from flows.config import SelfTrainingConfig
-from flows.graph import RunGraph, View, model_of
+from flows.graph import RunGraph, model_of
 from flows.loading import load_config
 from flows.opening import OpenRun, open_run
 from flows.planning import plan_run
@@ -33,6 +33,7 @@ from storage.runs import append_event
 from storage.store import Store, open_store
 from tasks import materializing
 from tasks.specifications import Specification
+from tasks.teacher_views import Shown
 
 MakeConfig = Callable[..., SelfTrainingConfig]
 
@@ -431,7 +432,7 @@ def _config(
 
 
 def _graph(run: OpenRun) -> RunGraph:
-    view = View(8, 0, "bilinear") if run.pins.given_teacher is not None else None
+    view = Shown(8, 0, "bilinear") if run.pins.given_teacher is not None else None
     return RunGraph(run.config, run.pins, view)
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.config import SelfTrainingConfig
-from flows.graph import ModelRef, RunGraph, View
+from flows.graph import ModelRef, RunGraph
 from flows.labeling import label_corpus
 from flows.opening import Pins, open_run
 from flows.planning import plan_run
@@ -25,6 +25,7 @@ from storage.predictions import prediction_record, read_predictions
 from storage.store import Store
 from tasks.classifiers import UnknownModel
 from tasks.specifications import finished_result
+from tasks.teacher_views import Shown
 
 TRAINING = {
     "architecture": {"kind": "small_cnn", "width": 4, "depth": 1},
@@ -33,7 +34,7 @@ TRAINING = {
     "duration": {"steps": 12},
 }
 PINS = Pins("1" * 64, "2" * 64, None, "4" * 64, ("red", "green", "blue"))
-OTHER = View(16, 4, "bicubic")
+OTHER = Shown(16, 4, "bicubic")
 X, Y = "a" * 64, "b" * 64
 
 
@@ -99,7 +100,7 @@ def test_nothing_but_the_set_of_teachers_and_what_they_are_shown_enters() -> Non
     assert one.label(teacher) == other.label(teacher)
     assert one.label(teacher) != graph(X).label(teacher)
     assert one.label(teacher) != replace(
-        one, extra_views={X: OTHER, Y: View(8, 0, "bilinear")}
+        one, extra_views={X: OTHER, Y: Shown(8, 0, "bilinear")}
     ).label(teacher)
     itself = graph(teacher.fingerprint)
     assert itself.label(teacher) == graph().label(teacher), "a teacher counts once"

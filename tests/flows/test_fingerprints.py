@@ -11,10 +11,11 @@ import hashlib
 import pytest
 
 from flows.data_config import ShardsData
-from flows.graph import RunGraph, View
+from flows.graph import RunGraph
 from flows.loading import load_config, recipe_names
 from flows.opening import Pins
 from flows.trained_models import GivenTeacher
+from tasks.teacher_views import Shown
 
 NUM_CLASSES = 10
 
@@ -36,7 +37,7 @@ def fake_graph(recipe):
         class_names=tuple(f"c{i}" for i in range(NUM_CLASSES)),
         given_teacher=digest("given") if is_given else None,
     )
-    return RunGraph(config, pins, View(32, 0, "bilinear") if is_given else None)
+    return RunGraph(config, pins, Shown(32, 0, "bilinear") if is_given else None)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from flows.config import SelfTrainingConfig
-from flows.graph import RunGraph, View
+from flows.graph import RunGraph
 from flows.opening import Pins
+from tasks.teacher_views import Shown
 from tasks.training_orders import ImagesPerStep, images_per_step
 
 TRAINING = {
@@ -226,8 +227,8 @@ def test_each_model_is_evaluated_and_labels_under_its_own_view():
     run = graph(student=TRAINING | {"image_size": 16, "interpolation": "bicubic"})
     teacher = run.first_model()
     student = run.student_model(teacher, 1)
-    assert teacher.view == View(8, 0, "bilinear")
-    assert student.view == View(16, 0, "bicubic")
+    assert teacher.view == Shown(8, 0, "bilinear")
+    assert student.view == Shown(16, 0, "bicubic")
     assert run.evaluate("test", student).settings["view"] == student.view.to_json()
     assert run.evaluate("test", teacher).settings["view"] == teacher.view.to_json()
 
@@ -235,12 +236,12 @@ def test_each_model_is_evaluated_and_labels_under_its_own_view():
 def test_a_given_teacher_is_trained_by_nobody():
     pins = replace(PINS, given_teacher="7" * 64)
     given = graph(pins, teacher={"kind": "given", "model": f"models/{'7' * 64}"})
-    run = replace(given, given_view=View(32, 4, "bicubic"))
+    run = replace(given, given_view=Shown(32, 4, "bicubic"))
     assert run.teacher() == ()
     model = run.first_model()
     assert (model.fingerprint, model.view, model.round_index) == (
         "7" * 64,
-        View(32, 4, "bicubic"),
+        Shown(32, 4, "bicubic"),
         0,
     )
     assert run.evaluate("validate", model).inputs["model"] == "7" * 64

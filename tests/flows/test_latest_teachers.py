@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from flows.config import SelfTrainingConfig
-from flows.graph import RunGraph, View
+from flows.graph import RunGraph
 from flows.latest_teachers import newest_finished, scheduled_name, series_of
 from flows.opening import Pins, open_run
 from flows.trained_models import GivenTeacher, LatestTeacher, TrainedTeacher
 from storage.runs import UnknownRun, append_event
 from storage.store import Store, open_store
 from tasks.classifiers import ClassesMismatch
+from tasks.teacher_views import Shown
 
 TRAINING = {
     "architecture": {"kind": "small_cnn", "width": 4, "depth": 1},
@@ -172,7 +173,7 @@ def test_the_fallback_is_trained_only_while_nothing_was_found() -> None:
     pins = Pins("1" * 64, "2" * 64, "3" * 64, "4" * 64, ("a", "b", "c"))
     graph = RunGraph(config, pins)
     assert graph.first_model() == RunGraph(plain, pins).first_model(), "the very same training"
-    found = RunGraph(config, replace(pins, given_teacher="7" * 64), View(8, 0, "bilinear"))
+    found = RunGraph(config, replace(pins, given_teacher="7" * 64), Shown(8, 0, "bilinear"))
     assert found.teacher() == ()
     assert found.first_model().fingerprint == "7" * 64
 
