@@ -1,8 +1,9 @@
 """The whole loop on a tiny world: what it computes, reuses, refuses, and why it ends."""
 
-import _thread
 import json
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -456,6 +457,7 @@ def test_interrupted_labeling_ends_at_once_and_goes_on_where_it_was(
     teacher = lab.train()
     label_shards = labeling.label_shards
     labeled: list[str] = []
+    main_thread = threading.get_ident()
 
     def interrupting(store: Store, corpus: str, stems: list[str], *rest: Any, **more: Any) -> Any:
         for stem, num_samples in zip(
@@ -463,7 +465,8 @@ def test_interrupted_labeling_ends_at_once_and_goes_on_where_it_was(
         ):
             labeled.append(stem)
             if len(labeled) == 2:
-                _thread.interrupt_main()
+                # Unlike _thread.interrupt_main, this wakes a thread that waits.
+                signal.pthread_kill(main_thread, signal.SIGINT)
             yield num_samples
 
     monkeypatch.setattr(labeling, "label_shards", interrupting)
