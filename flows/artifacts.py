@@ -83,10 +83,9 @@ def _results_table(status: RunStatus) -> str:
             promoted,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    labels = status.labels
     return "\n".join(lines) + (
-        f"\n\n{labels['labeled']} labels + {labels['dev']} dev = {labels['sum']} labelled images;"
-        " accuracies with 95 % intervals. Pseudo-labels are counted with their copies."
+        f"\n\n{status.labels_in_words()}; accuracies with 95 % intervals."
+        " Pseudo-labels are counted with their copies."
     )
 
 

@@ -269,9 +269,8 @@ def local_workers(
     )
     if engine.processes == "auto":
         work = work_of(missing)
-        count = (
-            0 if work < _IMAGES_WORTH_PROCESSES else min(count, int(work / _IMAGES_OF_A_PROCESS))
-        )
+        is_worth_processes = work >= _IMAGES_WORTH_PROCESSES
+        count = min(count, int(work / _IMAGES_OF_A_PROCESS)) if is_worth_processes else 0
     count = min(count, len(missing))
     if threads == "auto":
         threads = threads_of_labeler(device, max(count, 1))

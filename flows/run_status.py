@@ -114,6 +114,11 @@ class RunStatus:
             return reason
         return f"nothing new: every stage was in the store; {reason}"
 
+    def labels_in_words(self) -> str:
+        """Return how many labels the run was given, those of the dev split among them."""
+        labels = self.labels
+        return f"{labels['labeled']} labels + {labels['dev']} dev = {labels['sum']} labelled images"
+
     def in_words(self) -> str:
         """Return the state in words and, where there is one, the command that goes on."""
         if self.state == "done":
@@ -246,23 +251,6 @@ def write_status_view(store: Store, status: RunStatus) -> str:
     """Write run.json, a view for people without selftrain at hand."""
     data = json.dumps(status.to_json(), indent=1, sort_keys=True).encode() + b"\n"
     return write_view(store, status.run, "run.json", data)
-
-
-def status_table(status: RunStatus) -> str:
-    """Return the rounds and the baseline as a Markdown table."""
-    lines = [
-        "| round | architecture | dev accuracy | test accuracy | pseudo-labels | precision"
-        " | promoted | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table_rows(status):
-        lines.append("| " + " | ".join(row) + " |")
-    labels = status.labels
-    lines.append(
-        f"\n{labels['labeled']} labels + {labels['dev']} dev = {labels['sum']} labelled images;"
-        " intervals are 95 %."
-    )
-    return "\n".join(lines)
 
 
 def table_rows(status: RunStatus) -> list[tuple[str, ...]]:

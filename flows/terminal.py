@@ -92,12 +92,7 @@ def print_status(status: RunStatus) -> None:
     for row in table_rows(status):
         table.add_row(*row)
     out.print(table)
-    labels = status.labels
-    out.print(
-        f"{labels['labeled']} labels + {labels['dev']} dev = {labels['sum']} labelled images;"
-        " accuracies with 95 % intervals",
-        highlight=False,
-    )
+    out.print(f"{status.labels_in_words()}; accuracies with 95 % intervals", highlight=False)
     for one in status.approvals:
         line = f"round {one.round_index}, {one.question}: {one.in_words()}"
         out.print(line, soft_wrap=True, highlight=False, markup=False)
