@@ -1,5 +1,6 @@
 """How many images of a forward pass are fast and fit, found once per labeler."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_CPU_PIXELS = 16 * 224 * 224
-"""Of a CPU's batch: more gain nothing, and activations of larger batches leave the caches."""
+_CPU_OUTPUT_BYTES = 64 * 2**20
+"""Of the largest activation of a CPU's batch. A batch costs as many calls as it is, small or large,
+so small networks want many images; more than these gain nothing, and leave the caches."""
 _CPU_BOUNDS = (8, 128)
 _CPU_SHARE = 0.5  # of the memory for each core; the rest is for shards, decoded images and others
 _LIVE_OUTPUTS = 4
@@ -21,32 +23,26 @@ _GPU_STEP = 8
 _GPU_SHARE = 0.8  # of the free memory; the rest is for fragments and others
 
 
-def find_batch_size(
-    image_size: int, device: torch.device, predict: Callable[[int], object] | None = None
-) -> int:
+def find_batch_size(device: torch.device, predict: Callable[[int], object]) -> int:
     """Return the batch size that is taken where nobody asked for one.
 
-    On a CPU it follows from the image's size, and is halved until its activations fit into a core's
-    share of the free memory. On a GPU a few batches of growing size are predicted, and the largest
-    power of two is taken that fits.
+    On a CPU it follows from the network's largest activation of one image, and is halved until its
+    activations fit into a core's share of the free memory. On a GPU a few batches of growing size
+    are predicted, and the largest power of two is taken that fits.
 
     Args:
-        image_size: side of the largest view.
         device: where to compute.
-        predict: computes a batch of so many images; None: a GPU is taken to hold few, a CPU what
-            is fast.
+        predict: computes a batch of so many images.
     """
     if device.type != "cuda":
-        smallest, largest = _CPU_BOUNDS
-        fast = min(max(_CPU_PIXELS // image_size**2, smallest), largest)
+        largest_output = largest_output_bytes(predict)
+        fast = fast_on_a_cpu(largest_output)
         free_bytes = available_bytes()
-        if predict is None or free_bytes is None:
+        if free_bytes is None:
             return fast
         # One process a core computes at a time.
         share = _CPU_SHARE * free_bytes / (os.cpu_count() or 1)
-        return halved_to_fit(fast, activation_bytes(predict), share)
-    if predict is None:
-        return _GPU_BOUNDS[0]
+        return halved_to_fit(fast, _LIVE_OUTPUTS * largest_output, share)
 
     def peak_bytes(batch_size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
@@ -56,6 +52,17 @@ def find_batch_size(
 
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return largest_fitting(peak_bytes, free_bytes)
+
+
+def fast_on_a_cpu(largest_output: int) -> int:
+    """Return the power of two whose largest activation is nearest to what a CPU is fast on.
+
+    Args:
+        largest_output: bytes of the largest activation of one image.
+    """
+    smallest, largest = _CPU_BOUNDS
+    nearest = 2 ** round(math.log2(_CPU_OUTPUT_BYTES / largest_output))
+    return min(max(nearest, smallest), largest)
 
 
 def largest_fitting(peak_bytes: Callable[[int], int], free_bytes: int) -> int:
@@ -83,11 +90,11 @@ def halved_to_fit(batch_size: int, bytes_per_image: int, free_bytes: float) -> i
     return batch_size
 
 
-def activation_bytes(predict: Callable[[int], object]) -> int:
-    """Return about what the activations of one image take at a time, by predicting one."""
+def largest_output_bytes(predict: Callable[[int], object]) -> int:
+    """Return what the largest activation of one image takes, by predicting one; at least 1."""
     with _LargestOutput() as seen:
         predict(1)
-    return _LIVE_OUTPUTS * seen.num_bytes
+    return max(seen.num_bytes, 1)
 
 
 def available_bytes() -> int | None:

@@ -81,7 +81,6 @@ def label_group(job: LabelJob, stems: Sequence[str], *, decode_processes: int = 
         store,
         job.labeler,
         job.config,
-        image_size=ensemble.largest_view,
         device=ensemble.device,
         predict=predict,
     )

@@ -115,9 +115,8 @@ def resolve_batch_size(
     labeler: str,
     config: LabelingConfig,
     *,
-    image_size: int,
     device: torch.device,
-    predict: Callable[[int], object] | None = None,
+    predict: Callable[[int], object],
 ) -> int:
     """Return the batch size of this labeler: the first to ask decides, and it is written down.
 
@@ -125,16 +124,15 @@ def resolve_batch_size(
         store: where it is written down.
         labeler: address of the predictions.
         config: with the size that is asked for, or `auto`.
-        image_size: side of the largest view.
         device: where to compute.
-        predict: computes a batch of so many images, to find out what fits on a GPU.
+        predict: computes a batch of so many images, to find out what is fast and fits.
     """
     path = f"{prediction_folder(labeler)}/resolved.json"
     resolved = read_stored_record(store, path)
     if resolved is None:
         wanted = config.batch_size
         if wanted == "auto":
-            wanted = find_batch_size(image_size, device, predict)
+            wanted = find_batch_size(device, predict)
         body = {"schema": 1, "labeler": labeler, "batch_size": wanted}
         resolved = create_record(store, path, body)
     there = resolved["batch_size"]

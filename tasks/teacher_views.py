@@ -51,8 +51,9 @@ class TeacherViews:
 
         Random ones are those of the shard's content and of the key in it, whatever its name is.
         """
-        seed = self.config.seed if isinstance(self.config, KRandomViewConfig) else 0
-        stream = derive_seed(seed, "views", shard)
+        stream = 0
+        if isinstance(self.config, KRandomViewConfig):
+            stream = derive_seed(self.config.seed, "views", shard)
         found: list[NDArray[np.uint8]] = []
         made: dict[Any, NDArray[np.uint8]] = {}
         for shown in self.shown:

@@ -5,21 +5,27 @@ import torch
 
 from tasks import batch_sizes
 from tasks.batch_sizes import (
-    activation_bytes,
     available_bytes,
+    fast_on_a_cpu,
     find_batch_size,
     halved_to_fit,
     largest_fitting,
+    largest_output_bytes,
 )
 
 
 @pytest.mark.parametrize(
-    ("image_size", "expected"),
-    # 16 * 224 * 224 pixels = 802,816: of 112 x 112 four times as many images, of 32 x 32 784.
-    [(224, 16), (112, 64), (32, 128), (8, 128), (300, 8), (1024, 8)],
+    ("largest_output", "expected"),
+    [
+        (4 * 64 * 112 * 112, 16),  # ResNets of 224 pixels: 16 take 49 MiB, 32 take 98
+        (4 * 72 * 56 * 56, 64),  # MobileNetV3-small: 55 MiB
+        (4 * 96 * 112 * 112, 16),  # EfficientNet-B0: 74 MiB, which is nearer than 37
+        (1, 128),
+        (2**30, 8),
+    ],
 )
-def test_a_cpus_batch_holds_a_number_of_pixels(image_size, expected):
-    assert find_batch_size(image_size, torch.device("cpu")) == expected
+def test_a_cpus_largest_activation_is_about_as_large_for_any_network(largest_output, expected):
+    assert fast_on_a_cpu(largest_output) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,9 +81,9 @@ def test_a_cpu_with_little_memory_takes_a_smaller_batch(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     for free_bytes, expected in ((4 * 786_432, 128), (4 * 786_432 - 1, 64), (0, 1), (None, 128)):
         monkeypatch.setattr(batch_sizes, "available_bytes", lambda found=free_bytes: found)
-        assert find_batch_size(8, torch.device("cpu"), predict) == expected
-    assert asked == [1, 1, 1], "one image tells"
-    assert activation_bytes(predict) == 6_144
+        assert find_batch_size(torch.device("cpu"), predict) == expected
+    assert asked == [1] * 4, "one image tells"
+    assert largest_output_bytes(predict) == 1_536
 
 
 def test_what_a_system_has_is_told_where_it_says_so():

@@ -447,13 +447,16 @@ def test_the_first_batch_size_of_a_labeler_holds_for_all_later_ones(lab, caplog)
     config = LabelingConfig(batch_size="auto")
     labeler = "c" * 64
 
-    def resolve(config, image_size):
-        return resolve_batch_size(lab.store, labeler, config, image_size=image_size, device=CPU)
+    def resolve(config, labeler=labeler, width=2**20):  # of 4 MiB an image, 16 are 64 MiB
+        return resolve_batch_size(
+            lab.store, labeler, config, device=CPU, predict=lambda n: torch.zeros(n, width)
+        )
 
-    assert resolve(config, 224) == 16
-    assert resolve(LabelingConfig(batch_size=16), 224) == 16
+    assert resolve(config) == 16
+    assert resolve(LabelingConfig(batch_size=16)) == 16
+    assert resolve(config, width=2**10) == 16
     assert caplog.text == ""
-    assert resolve(LabelingConfig(batch_size=7), 224) == 16
+    assert resolve(LabelingConfig(batch_size=7)) == 16
     assert "labeling.batch_size=7 has no effect: labeler cccccccccccc began with 16" in caplog.text
-    assert resolve_batch_size(lab.store, "d" * 64, config, image_size=8, device=CPU) == 128
-    assert resolve_batch_size(lab.store, "e" * 64, config, image_size=1024, device=CPU) == 8
+    assert resolve(config, "d" * 64, width=2**10) == 128
+    assert resolve(config, "e" * 64, width=2**24) == 8
