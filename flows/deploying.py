@@ -33,6 +33,7 @@ from flows.labeling import label_corpus
 from flows.loading import ConfigError
 from flows.opening import OPERATING_SECTIONS
 from flows.operating_config import RestartConfig
+from flows.prefect_checks import version_of_server
 from flows.restarting import restart_run
 from flows.schedules import in_words, one_at_a_time, prefect_schedule
 from flows.selection import select_pseudo_labels
@@ -113,9 +114,9 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
         config: which.
         pools: where to.
         with_automations: have the server watch the runs, start crashed ones again, alert people.
-    Raises: NoServer; UnknownWorkPool, naming the command that makes it; UnknownBlock for alerts
-        through a block that is not there; ConfigError for a schedule that cannot be read, and for
-        data that a worker would look for in its temporary folder.
+    Raises: NoServer; ServerOutOfReach; UnknownWorkPool, naming the command that makes it;
+        UnknownBlock for alerts through a block that is not there; ConfigError for a schedule that
+        cannot be read, and for data that a worker would look for in its temporary folder.
     """
     api_url = PREFECT_API_URL.value()
     if not api_url:
@@ -125,6 +126,7 @@ def deploy(config: SelfTrainingConfig, pools: Pools, *, with_automations: bool =
         )
     config = _for_workers(config)
     wanted = deployments_of(config, pools)
+    version_of_server(api_url)
     with get_client(sync_client=True) as client:
         # What may be refused comes before what is made.
         action = action_of(client, config.alert.notify) if with_automations else None

@@ -11,6 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from flows.deployed_runs import alive_flow_runs, schedule_again
+from flows.prefect_checks import ServerOutOfReach, version_of_server
 from flows.server import PrefectServer
 from storage.runs import read_events
 from storage.store import Store
@@ -78,6 +79,10 @@ def go_on_by_deployment(store: Store, run: str) -> GoesOn | None:
     api_url = PREFECT_API_URL.value()
     if not api_url:
         raise _out_of_reach(store, run, last, "no Prefect server is set: set PREFECT_API_URL")
+    try:
+        version_of_server(api_url)
+    except ServerOutOfReach as error:
+        raise _out_of_reach(store, run, last, f"{error.found}. {error.remedy}") from error
     with get_client(sync_client=True) as client:
         if others := alive_flow_runs(client, run, except_for=asked):
             return _goes_on(others[0], last, api_url, is_new=False)

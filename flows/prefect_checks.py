@@ -16,6 +16,46 @@ from flows.checks import Check
 _TIMEOUT_SECONDS = 10
 
 
+class ServerOutOfReach(ConnectionError):
+    """The Prefect server that is configured does not answer, or not to us.
+
+    Attributes:
+        found: what it does, with its address.
+        remedy: what to do.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        """Say what the server does and what helps."""
+        super().__init__(f"the Prefect server {found}. {remedy}")
+        self.found = found
+        self.remedy = remedy
+
+
+def version_of_server(url: str) -> str:
+    """Return the version of the server whose API is at `url`, which shows that it lets us in.
+
+    Raises: ServerOutOfReach.
+    """
+    try:
+        answer = httpx.get(f"{url}/admin/version", headers=_headers(), timeout=_TIMEOUT_SECONDS)
+    except httpx.HTTPError as error:
+        raise ServerOutOfReach(
+            f"{url} does not answer: {type(error).__name__}",
+            "Start it, correct PREFECT_API_URL, or unset it: a run then starts its own",
+        ) from error
+    if answer.status_code in (401, 403):
+        raise ServerOutOfReach(
+            f"{url} asks for authentication (status {answer.status_code})",
+            "Set PREFECT_API_AUTH_STRING to what the server has in PREFECT_SERVER_API_AUTH_STRING",
+        )
+    if not answer.is_success:
+        raise ServerOutOfReach(
+            f"{url}/admin/version answers with status {answer.status_code}",
+            "PREFECT_API_URL must end in /api and name a Prefect server",
+        )
+    return str(answer.json())
+
+
 def check_prefect() -> Iterator[Check]:
     """Ask the server that PREFECT_API_URL names whether it is there, which, and open to whom."""
     url = PREFECT_API_URL.value()
@@ -27,34 +67,13 @@ def check_prefect() -> Iterator[Check]:
             " without analytics",
         )
         return
-    headers = _headers()
     try:
-        answer = httpx.get(f"{url}/admin/version", headers=headers, timeout=_TIMEOUT_SECONDS)
-    except httpx.HTTPError as error:
-        yield Check(
-            "Prefect server",
-            "fail",
-            f"{url} does not answer: {type(error).__name__}",
-            "Start it, correct PREFECT_API_URL, or unset it: a run then starts its own",
-        )
+        version = version_of_server(url)
+    except ServerOutOfReach as error:
+        yield Check("Prefect server", "fail", error.found, error.remedy)
         return
-    if answer.status_code in (401, 403):
-        yield Check(
-            "Prefect server",
-            "fail",
-            f"{url} asks for authentication (status {answer.status_code})",
-            "Set PREFECT_API_AUTH_STRING to what the server has in PREFECT_SERVER_API_AUTH_STRING",
-        )
-        return
-    if not answer.is_success:
-        yield Check(
-            "Prefect server",
-            "fail",
-            f"{url}/admin/version answers with status {answer.status_code}",
-            "PREFECT_API_URL must end in /api and name a Prefect server",
-        )
-        return
-    yield _check_version(url, str(answer.json()))
+    headers = _headers()
+    yield _check_version(url, version)
     yield from _check_access(url, has_credentials=bool(headers))
     yield from _check_analytics(url, headers)
 

@@ -28,6 +28,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from flows.prefect_checks import version_of_server
 from tasks.children import die_with_parent, stop_process_group
 
 START_TIMEOUT_SECONDS = 120
@@ -80,9 +81,11 @@ def prefect_server(
     Args:
         port: to listen on; a free one by default.
         settings: environment variables of a server of ours, which go before those it has anyway.
+    Raises: ServerOutOfReach, naming the remedy; ServerNotStarted.
     """
     configured = PREFECT_API_URL.value()
     if configured:
+        version_of_server(configured)
         yield PrefectServer(api_url=configured, is_ours=False)
         return
     port = port or free_port()

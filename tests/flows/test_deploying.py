@@ -203,7 +203,7 @@ def test_data_that_a_workers_folder_does_not_hold_is_refused(
     data: str, key: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With a server that is not there: what is refused must be refused before it is asked.
-    monkeypatch.setattr("flows.deploying.get_client", _unreachable)
+    monkeypatch.setattr("flows.deploying.version_of_server", _unreachable)
     config = demo(f"data={{kind: shards, {data}}}")
     error, message = (ConfigError, rf"{key} = .* a worker gives each run a temporary folder")
     if key is None:
@@ -215,7 +215,7 @@ def test_data_that_a_workers_folder_does_not_hold_is_refused(
         deploy(config, POOLS)
 
 
-def _unreachable(**options: Any) -> None:
+def _unreachable(url: str) -> None:
     raise ConnectionError("asked the server")
 
 

@@ -19,7 +19,9 @@ from flows import machine_checks, prefect_checks, store_checks
 from flows.checks import Check, checked
 from flows.cli import app
 from flows.config import SelfTrainingConfig
+from flows.deploying import Pools, deploy
 from flows.machine import Machine
+from flows.server import prefect_server
 from storage.store import Store
 
 MakeConfig = Callable[..., SelfTrainingConfig]
@@ -260,6 +262,28 @@ def test_no_server_and_none_that_answers() -> None:
     assert prefect_checks._is_loopback("127.0.0.1")
     assert prefect_checks._is_loopback("localhost")
     assert not prefect_checks._is_loopback("prefect.example.org")
+
+
+def test_commands_refuse_a_server_that_does_not_let_them_in_as_the_doctor_does(
+    fake_server: Callable[..., str], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "store")
+    closed = fake_server(version=prefect.__version__, password="admin:pass")
+    for url, said in (
+        ("http://127.0.0.1:9/api", "127.0.0.1:9/api does not answer: ConnectError. Start it"),
+        (closed, "asks for authentication (status 401). Set PREFECT_API_AUTH_STRING"),
+    ):
+        with temporary_settings({PREFECT_API_URL: url}):
+            with pytest.raises(prefect_checks.ServerOutOfReach) as refused, prefect_server():
+                raise AssertionError("a server that is out of reach was given")
+            assert said in str(refused.value)
+            with pytest.raises(prefect_checks.ServerOutOfReach):
+                deploy(config, Pools("cpu", "cpu"))
+            result = CliRunner().invoke(app, ["run", "demo", "--store", str(tmp_path / "other")])
+            assert result.exit_code == 1
+            assert said in result.stderr
+            assert "SELFTRAIN_DEBUG" not in result.stderr, "it names its remedy"
+    assert not (tmp_path / "other" / "runs").exists()
 
 
 def test_the_command_prints_lines_or_json_and_fails_with_them(

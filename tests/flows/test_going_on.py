@@ -173,6 +173,11 @@ def test_an_answer_is_kept_where_the_deployment_is_gone_or_no_server_is_set(
         pytest.raises(DeploymentOutOfReach, match="set PREFECT_API_URL"),
     ):
         go_on_by_deployment(store, config.name)
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(DeploymentOutOfReach, match="does not answer: ConnectError"),
+    ):
+        go_on_by_deployment(store, config.name)
 
     assert answer(store, config.name, "accept", by="bob@lab") == (given, False)
     assert "run_started" not in [event["type"] for event in read_events(store, config.name)]
