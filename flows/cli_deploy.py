@@ -80,7 +80,7 @@ def deploy(
     sets = [*(sets or []), *([] if notify is None else [f"alert.notify={notify}"])]
     loaded = load_config(config, overrides=sets, name=name)
     if store is not None:
-        loaded = loaded.model_copy(update={"store": store})
+        loaded = loaded.model_copy(update={"store": store_url(store)})
     pools = Pools(pool, cpu_pool or pool, pool_type, gpus)
     deployed = deploy_to(loaded, pools, with_automations=with_automations)
     if as_json:

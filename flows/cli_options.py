@@ -26,12 +26,19 @@ Sets = Annotated[
 
 
 def store_url(option: str | None, configured: str | None = None) -> str:
-    """Return the store of --store, the config or the environment, in this order."""
+    """Return the store of --store, the config or the environment, in this order.
+
+    Raises: ValueError, before it becomes a parameter that Prefect stores, for a URL that no store
+        has, such as one with credentials.
+    """
+    from storage.file_systems import split_url
+
     url = option or configured or os.environ.get("SELFTRAIN_STORE")
     if not url:
         raise typer.BadParameter(
             "no store: give --store, set SELFTRAIN_STORE, or `store` in the config"
         )
+    split_url(url)
     return url
 
 

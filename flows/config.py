@@ -15,6 +15,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
+from flows.config_leaves import keys_with_credentials
 from flows.data_config import DataConfig, ShardsData
 from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.extra_teachers import NO_EXTRA_TEACHERS, ExtraTeachersConfig
@@ -203,6 +204,18 @@ class SelfTrainingConfig(_Config):
             if isinstance(value.get(section), Mapping) and "kind" not in value[section]:
                 value[section] = {"kind": kind, **value[section]}
         return value
+
+    # Before a flow run is made: its parameters stay in Prefect's database. Messages about a single
+    # field would show its value.
+    @model_validator(mode="after")
+    def _no_credentials(self) -> "SelfTrainingConfig":
+        if keys := keys_with_credentials(self.model_dump()):
+            raise ValueError(
+                f"{', '.join(keys)}: a URL that holds credentials, and a config is stored and"
+                " shown: leave them out, and set them in the environment (AWS_ACCESS_KEY_ID,"
+                " AWS_PROFILE, ...) or use a role"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "SelfTrainingConfig":

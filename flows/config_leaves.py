@@ -1,7 +1,11 @@
 """The single values of a config under their dotted keys."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+# What comes before the @ of a host; in a path an @ is a letter like any other.
+_CREDENTIALS = re.compile(r"(?!file:|local:)[A-Za-z][A-Za-z0-9+.-]*://[^/]*@")
 
 
 def leaves_of(value: Any, *, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -14,3 +18,16 @@ def leaves_of(value: Any, *, where: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, below in value.items():
         yield from leaves_of(below, where=f"{where}.{key}" if where else str(key))
+
+
+def keys_with_credentials(config: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys whose values, or items of lists, are URLs that hold credentials."""
+    return [key for key, value in leaves_of(config) if _has_credentials(value)]
+
+
+def _has_credentials(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_credentials(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return any(_has_credentials(one) for one in value)
+    return isinstance(value, str) and _CREDENTIALS.match(value) is not None

@@ -249,6 +249,29 @@ def test_stopped_run_exits_3_and_tells_how_to_go_on(
     assert f"go on with: selftrain resume demo --store {demo.store}" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "flow"),
+    [
+        (["run"], "flows.running.self_training"),
+        (["serve", "--cron=0 2 * * *"], "flows.serving.serve_on_schedule"),
+        (["deploy"], "flows.deploying.deploy"),
+    ],
+)
+def test_store_with_credentials_is_refused_before_prefect_sees_it(
+    command: list[str], flow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(*_: object, **__: object) -> None:
+        raise AssertionError("the URL became a parameter")
+
+    monkeypatch.setattr(flow, seen)
+
+    name, *options = command
+    refused = _invoke(name, "demo", *options, "--store=s3://key:hidden-word@bucket", expect=1)
+
+    assert "s3://...: credentials do not belong in a URL" in refused.stderr
+    assert "hidden-word" not in refused.stderr
+
+
 def test_unknown_run_exits_2_and_lists_the_known_ones(demo: Demo) -> None:
     for command in (["status"], ["resume"], ["report"], ["export", "out"], ["predict", "x.png"]):
         refused = _invoke(command[0], "nightly", *command[1:], demo, expect=2)

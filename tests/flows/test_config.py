@@ -165,6 +165,31 @@ def test_a_students_training_is_what_a_training_config_of_its_own_would_be():
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"store": "s3://key:hidden-word@bucket/store"}, "store"),
+        ({"data": {**DOCUMENT["data"], "dev": "s3://key:hidden-word@bucket/d.tar"}}, "data.dev"),
+        ({"data": {**DOCUMENT["data"], "root": "https://hidden-word@host"}}, "data.root"),
+        ({"teacher": {"kind": "given", "model": "s3://a:hidden-word@b/models/1"}}, "teacher.model"),
+        ({"extra_teachers": {"models": ["m", "s3://a:hidden-word@b/m"]}}, "extra_teachers.models"),
+    ],
+)
+def test_credentials_in_a_url_are_refused_before_anything_keeps_them(changes, key):
+    with pytest.raises(ValidationError) as refused:
+        parse(**changes)
+    (error,) = refused.value.errors()
+    assert f"{key}: a URL that holds credentials" in error["msg"]
+    assert "hidden-word" not in error["msg"]
+
+
+def test_an_at_sign_in_a_path_is_no_credential():
+    names = {"labeled": "s3://bucket/me@home/l", "dev": "/data/x@y", "unlabeled": "file://a@b/u"}
+    data = parse(data=names).data
+    assert isinstance(data, ShardsData)
+    assert data.labeled == "s3://bucket/me@home/l"
+
+
 def test_every_field_of_the_run_is_described():
     # Prefect shows the config as a form; a field without words is a riddle there.
     fields = {n: f for n, f in SelfTrainingConfig.model_fields.items() if n != "schema_version"}
