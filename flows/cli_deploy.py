@@ -48,7 +48,7 @@ def deploy(
         str | None,
         typer.Option(
             metavar="BLOCK",
-            help="Prefect block for alerts, as <type>/<name>: slack-webhook/ops; default: the"
+            help="Prefect block for alerts, as `<type>/<name>`: slack-webhook/ops; default: the"
             " config's `alert.notify`, else alerts are shown in the UI alone.",
         ),
     ] = None,

@@ -109,7 +109,7 @@ class AlertConfig(BaseModel):
     notify: str | None = Field(
         default=None,
         pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
-        description="Prefect block that alerts are sent through, as <type>/<name>:"
+        description="Prefect block that alerts are sent through, as `<type>/<name>`:"
         " slack-webhook/ops, sendgrid-email/ops, webhook/pager; null: alerts are shown in the UI"
         " alone.",
     )

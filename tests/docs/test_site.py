@@ -56,6 +56,14 @@ def models_of(kind: Any, seen: dict[type[BaseModel], None]) -> None:
         models_of(part, seen)
 
 
+@pytest.mark.parametrize("page", ["config_reference", "cli_reference", "recipes"])
+def test_generated_pages_have_nothing_outside_code_that_a_browser_takes_for_a_tag(
+    page: str,
+) -> None:
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", getattr(REFERENCE, page)(), flags=re.S)
+    assert re.findall(r"</?[A-Za-z][^>\n]*>", prose) == []
+
+
 def test_every_key_of_every_model_is_in_the_config_reference() -> None:
     found = sections(REFERENCE.config_reference())
     known: dict[type[BaseModel], None] = {}

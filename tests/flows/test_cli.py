@@ -311,6 +311,11 @@ def test_help_of_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch) -
         assert "Example" in _invoke(*command, "--help").stdout, command
 
 
+def test_help_swallows_nothing_that_looks_like_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "as <type>/<name>: slack-webhook/ops" in _invoke("deploy", "--help").stdout
+
+
 def test_help_imports_nothing_heavy() -> None:
     """A fresh interpreter; the time itself depends on the machine."""
     script = (
