@@ -64,7 +64,7 @@ def approve(
     )
     config = reopen_run(opened, run).config.model_copy(update={"store": opened.url})
     recorded = "recorded" if is_new else "was recorded before"
-    err.print(f"{recorded}: {approval.in_words()}", highlight=False, markup=False)
+    err.print(f"{recorded}: {approval.in_words()}", highlight=False, markup=False, soft_wrap=True)
     answered = {"run": run, "store": opened.url, **approval.to_json()}
     if resume:
         goes_on = go_on_by_deployment(opened, run)

@@ -80,7 +80,10 @@ class _PlainLines:
             return
         self._printed[progress.stage] = now
         line = f"{progress.stage}: {progress.done}/{progress.total} {progress.unit}"
-        err.print(f"{line}  {_facts(progress)}".rstrip(), highlight=False, markup=False)
+        # A log has no width to fold lines to.
+        err.print(
+            f"{line}  {_facts(progress)}".rstrip(), highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def print_status(status: RunStatus) -> None:

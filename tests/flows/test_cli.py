@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -151,6 +152,12 @@ def test_run_prints_its_status_as_json_and_nothing_else_on_stdout(demo: Demo) ->
     assert status["report_url"] == f"{demo.store}/runs/demo/report.html"
     assert "round 0 · teacher: 10/10 steps" in demo.stderr
     assert "Prefect UI while it runs: http://127.0.0.1" in demo.stderr
+
+
+def test_progress_in_a_log_is_a_line_each(demo: Demo) -> None:
+    lines = [line for line in demo.stderr.splitlines() if "images_per_second" in line]
+    assert lines
+    assert all(re.fullmatch(r".+: \d+/\d+ \w+ .*images_per_second [\d.]+", one) for one in lines)
 
 
 def test_status_and_list_say_what_run_said(demo: Demo) -> None:
