@@ -128,7 +128,7 @@ def plan(
     if as_json:
         print_json(plan_to_json(stages, warnings))
     else:
-        print_plan(stages)
+        print_plan(stages, loaded.rounds)
         print_warnings(warnings)
 
 

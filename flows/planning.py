@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from flows.approvals import read_approvals, thresholds_by_round
 from flows.config import SelfTrainingConfig
+from flows.decisions import Decisions
 from flows.graph import EvaluationKind, ModelRef, RunGraph, Training, graph_of, model_of
 from flows.opening import Pins, check_same, reopen_run, resolve_inputs
 from flows.reading_costs import ReadBytes, ReadingCosts, SelectedItems, read_once, stream_reads
@@ -37,14 +38,14 @@ class PlannedStage:
         part: of a training: teacher, student, baseline, finetune or resolution_fix; else None.
         round_index: 0 for the teacher.
         fingerprint: where its result is or will be.
-        assumed: it depends on a promotion that has not happened yet.
+        assumed: it depends on a promotion, or on the answer of a person, that is not there yet.
         state: reused, partial (goes on from what is there) or to_do.
         samples: images it reads, repetitions counted for training.
         teachers: of a labelling, fingerprints of who labels, the round's teacher first; else None.
         shards_done: shards already labelled or searched, None for other stages.
         shards: shards in all, None for other stages.
-        estimated_seconds: 0 where it is reused; else from the rate of finished stages of this run
-            that are like it, None where there is none.
+        estimated_seconds: 0 where it is reused; else, for what is left of it, from the rate of
+            finished stages of this run that are like it, None where there is none.
         estimated_device_seconds: likewise, of all its devices together.
         estimated_bytes: to be written and kept, before compression; 0 where it is reused.
         read_bytes: of shards, fetched from where they lie if no cache is used; 0 where it is
@@ -71,7 +72,10 @@ class PlannedStage:
 
 
 def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
-    """List the stages of a run in order, assuming that every student is promoted.
+    """List the stages of a run in order, up to where it is known to end.
+
+    What is not decided yet is assumed to come out well: every student that is still to be judged is
+    promoted, every question that is still to be answered is accepted.
 
     The corpora are indexed (and the demo's are made) for it; the run itself is not created.
 
@@ -84,7 +88,8 @@ def plan_run(store: Store, config: SelfTrainingConfig) -> list[PlannedStage]:
     except UnknownRun:
         pins, approvals = resolve_inputs(store, config), []
     graph = graph_of(store, config, pins, thresholds_by_round(approvals))
-    return _Planner(store, config, pins, graph).estimated_stages()
+    decisions = Decisions(store, config, graph, approvals)
+    return _Planner(store, config, pins, graph, decisions).estimated_stages()
 
 
 class _Measured(NamedTuple):
@@ -101,9 +106,12 @@ class _Planner:
     config: SelfTrainingConfig
     pins: Pins
     graph: RunGraph
+    decisions: Decisions
     # By kind and, for trainings, network and image size.
     measured: dict[str, _Measured] = field(default_factory=dict[str, _Measured])
     likeness: dict[str, str] = field(default_factory=dict)
+    # Share that is still to do, by fingerprint of a training with a checkpoint.
+    to_do: dict[str, float] = field(default_factory=dict)
     costs: ReadingCosts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,12 +124,15 @@ class _Planner:
 
     def stages(self) -> list[PlannedStage]:
         teacher = self.graph.first_model()
+        models = [teacher]
         found = self._trainings(self.graph.teacher(), assumed=False)
         found += self._evaluations(teacher, assumed=False)
+        last_round, assumed = 0, False
         for round_index in range(1, self.config.rounds + 1):
-            # A student is trained on this round's teacher whatever comes; that the teacher is the
-            # last student is an assumption from round 2 on.
-            assumed = round_index > 1
+            begins = self.decisions.may_begin(round_index)
+            if begins is False:
+                break
+            last_round, assumed = round_index, assumed or begins is None
             if self.graph.needs(round_index).selection:
                 if not any(stage.kind == "guard" for stage in found):
                     found += self._guard(round_index)
@@ -139,10 +150,14 @@ class _Planner:
             promotion = self.graph.promote(teacher, student)
             dev_size = self._size(self.pins.dev)
             found.append(self._stage(promotion, round_index, dev_size, assumed=assumed))
-            teacher = student
-        if self.config.baseline:
-            trainings = self.graph.baseline(self.config.rounds)
-            assumed = self.config.rounds > 1
+            models.append(student)
+            goes_on = self.decisions.goes_on_with(models)
+            if goes_on is False or round_index == self.config.rounds:
+                break
+            teacher, assumed = student, assumed or goes_on is None
+        if self.config.baseline and last_round > 0:
+            # Of the last round, so it is assumed if that is.
+            trainings = self.graph.baseline(last_round)
             found += self._trainings(trainings, assumed=assumed)
             found += self._evaluations(model_of(trainings), assumed=assumed)
         return found
@@ -179,6 +194,8 @@ class _Planner:
                 assumed=assumed,
                 is_begun=begun is not None,
             )
+            if begun is not None:
+                self.to_do[specification.fingerprint] = 1 - begun.step / steps
             if planned.state != "reused":
                 reads = stream_reads(
                     config,
@@ -346,7 +363,9 @@ class _Planner:
         measured = self.measured.get(self.likeness[stage.fingerprint], _Measured())
         if stage.estimated_seconds is not None or measured.samples == 0:
             return stage
-        share = 1.0 if not stage.shards else 1 - (stage.shards_done or 0) / stage.shards
+        share = self.to_do.get(stage.fingerprint, 1.0)
+        if stage.shards:
+            share = 1 - (stage.shards_done or 0) / stage.shards
         predictions = stage.samples * len(stage.teachers or (None,))
         part = predictions * share / measured.samples
         return replace(

@@ -143,9 +143,11 @@ def print_first_look(made: Initialized) -> None:
     )
 
 
-def print_plan(stages: list[PlannedStage]) -> None:
-    """Print the stages of a plan and their sum."""
-    table = titled_table("plan, assuming that every student is promoted")
+def print_plan(stages: list[PlannedStage], num_rounds: int) -> None:
+    """Print the stages of a plan of at most `num_rounds` rounds and their sum."""
+    is_assumed = any(stage.assumed for stage in stages)
+    title = "plan, assuming that students still to be judged are promoted" if is_assumed else "plan"
+    table = titled_table(title)
     for name in ["round", "stage", "state", "images", "shards", "seconds", "to store", "address"]:
         table.add_column(name, justify="left" if name in ("stage", "address") else "right")
     styles = {"reused": "green", "partial": "yellow", "to_do": ""}
@@ -172,10 +174,17 @@ def print_plan(stages: list[PlannedStage]) -> None:
             )
     totals = totals_of(stages)
     out.print(
-        f"{totals.stages - totals.to_compute} of {totals.stages} stages are in the store; ? depends"
-        " on a promotion to come",
+        f"{totals.stages - totals.to_compute} of {totals.stages} stages are in the store"
+        + ("; ? depends on a promotion or an answer to come" if is_assumed else ""),
         highlight=False,
     )
+    last_round = max(stage.round_index for stage in stages)
+    if last_round < num_rounds:
+        out.print(
+            f"no round after round {last_round} of {num_rounds}: its student was not promoted, a"
+            " person said no, or patience ran out",
+            highlight=False,
+        )
     if totals.to_compute:
         measured = totals.to_compute - totals.unmeasured
         seconds, devices = totals.estimated_seconds, totals.estimated_device_seconds

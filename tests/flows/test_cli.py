@@ -200,7 +200,9 @@ def test_plan_shows_what_is_there_and_what_a_longer_run_would_cost(demo: Demo) -
     assert {stage["state"] for stage in same["stages"]} == {"reused"}
     new = longer["stages"][9:]
     assert [stage["kind"] for stage in new][:3] == ["label", "select", "train"]
-    assert {(stage["state"], stage["assumed"]) for stage in new} == {("to_do", True)}
+    # The student of round 1 was promoted: round 2 is no assumption.
+    assert demo.status["rounds"][1]["promoted"] is True
+    assert {(stage["state"], stage["assumed"]) for stage in new} == {("to_do", False)}
     assert (new[0]["shards_done"], new[0]["shards"]) == (0, same["stages"][3]["shards"])
     totals = longer["totals"]
     assert same["totals"]["to_compute"] == same["totals"]["estimated_bytes"] == 0
@@ -212,9 +214,9 @@ def test_plan_shows_what_is_there_and_what_a_longer_run_would_cost(demo: Demo) -
     assert 0 < totals["estimated_seconds"] <= totals["estimated_device_seconds"]
     assert totals["estimated_bytes"] == sum(stage["estimated_bytes"] for stage in new)
     assert all(stage["estimated_bytes"] > 0 for stage in new if stage["kind"] != "promote")
-    shown = _invoke("plan", "demo", demo, *_sets("rounds=2"), "--name=longer").stdout
+    shown = _invoke("plan", "demo", demo, *_sets("rounds=3"), "--name=longer").stdout
     assert "to do ?" in shown
-    assert "6 to compute: " in shown
+    assert "12 to compute: " in shown
     assert "device-hours" in shown
     assert "longer" not in _invoke("list", demo).stdout
 
