@@ -248,6 +248,9 @@ def worker_environment(restart: RestartConfig) -> dict[str, str]:
         # A run outlives a restart of the server: 2 + 4 + ... + 256 s of retries.
         "PREFECT_CLIENT_MAX_RETRIES": "8",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(restart.heartbeat_seconds),
+        # After a crash or a cancellation Prefect (3.8.8) imports the flow once more, in a script
+        # whose folder, first on the path, has a storage.py: it would be taken for our package.
+        "PYTHONSAFEPATH": "1",
     }
 
 

@@ -1,15 +1,23 @@
 """From a config to deployments: schedules, pools, parameters, and what is refused."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect import Flow
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import load_flow_from_entrypoint
+from prefect.runner import _workspace_runtime_bootstrap
+from prefect.runner._workspace_runtime import PreparedWorkspaceManifest
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 
 from flows.config import SelfTrainingConfig
 from flows.deploying import (
@@ -217,6 +225,36 @@ def test_data_that_a_workers_folder_does_not_hold_is_refused(
 
 def _unreachable(url: str) -> None:
     raise ConnectionError("asked the server")
+
+
+@pytest.mark.parametrize("hook", ["crashed", "cancellation"])
+def test_flow_is_imported_where_prefect_looks_for_hooks_after_its_end(
+    hook: str, tmp_path: Path
+) -> None:
+    # What a worker starts then is a file of prefect/runner, beside which there is a storage.py.
+    run = deployed()["self-training"]
+    manifest = PreparedWorkspaceManifest(
+        working_directory=tmp_path,
+        runtime_entrypoint=str(run.entrypoint),
+        hook_command=None,
+        environment={},
+    )
+    written = {"manifest": manifest, "run": FlowRun(flow_id=uuid4()), "state": Crashed()}
+    for name, model in written.items():
+        (tmp_path / name).write_text(model.model_dump_json())
+
+    done = subprocess.run(
+        [sys.executable, _workspace_runtime_bootstrap.__file__, "hook", hook, *written],
+        cwd=tmp_path,
+        env={**os.environ, **run.job_variables["env"]},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_deploying_to_no_server_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
