@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from webdataset.writer import TarWriter
 
 from storage import objects
-from tasks.images import decode_any_image, image_kind
+from tasks.images import BadImage, decode_any_image, image_kind
 from tasks.sources import SourceImage
 
 SCHEMA = 1
@@ -303,7 +303,14 @@ def _shard_image(image: SourceImage) -> tuple[bytes, str]:
     if (kind := image_kind(data)) is not None:
         return data, kind
     buffer = io.BytesIO()
-    decode_any_image(data, where=image.path).save(buffer, "PNG")
+    try:
+        decoded = decode_any_image(data, where=image.path)
+    except BadImage as error:
+        # Without it other images are drawn, which the shards that are there do not hold.
+        raise BadImage(
+            f"{error}. Repair it; or remove it, and the shards that were written by now"
+        ) from error
+    decoded.save(buffer, "PNG")
     return buffer.getvalue(), "png"
 
 

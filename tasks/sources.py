@@ -158,7 +158,10 @@ def _images(
             )
         paths = [path for path in paths if _parts(path)[0] == split]
     if not paths:
-        raise ValueError(f"{where}: no image with one of {', '.join(sorted(EXTENSIONS))}")
+        raise ValueError(
+            f"{where}: no image with one of {', '.join(sorted(EXTENSIONS))}. Put labelled images"
+            " into one folder for each class, unlabelled ones directly into it"
+        )
     depth = 0 if split is None else 1
     return [
         SourceImage(
@@ -182,7 +185,10 @@ def read_table(table: str | Path) -> list[SourceImage]:
         raise ValueError(f"{where}: no such table") from error
     rows, columns = _rows(data, where)
     if "path" not in columns:
-        raise ValueError(f"{where}: no column 'path'; it has {', '.join(columns) or 'none'}")
+        raise ValueError(
+            f"{where}: no column 'path'; it has {', '.join(columns) or 'none'}. The columns must be"
+            " called path and label"
+        )
     images: list[SourceImage] = []
     seen: set[str] = set()
     for number, row in enumerate(rows, start=1):

@@ -98,7 +98,7 @@ def test_split_must_be_chosen_where_there_are_some_and_only_there(tmp_path, kind
         read_source(make(FILES, "splits"), split="dev")
     with pytest.raises(ValueError, match="it has no splits"):
         read_source(make(FLAT, "flat"), split="train")
-    with pytest.raises(ValueError, match="no image with one of"):
+    with pytest.raises(ValueError, match=r"no image with one of .*\. Put labelled images into"):
         read_source(make({"a/x.txt": b""}, "none"))
 
 
@@ -155,7 +155,10 @@ def test_table_and_images_may_lie_in_an_object_store():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,label\na.jpg,cat\n", "no column 'path'; it has file, label"),
+        (
+            "file,label\na.jpg,cat\n",
+            "no column 'path'; it has file, label. The columns must be called",
+        ),
         ("path,label\na.jpg,cat\na.jpg,dog\n", r"row 2: path 'a\.jpg' is empty or came before"),
         ("path,label\n,cat\n", "row 1: path ''"),
         ("path,label\n", "no row"),
