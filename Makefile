@@ -45,7 +45,8 @@ check: lint test
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Read it from build/site/index.html; no server is needed.
+# Read it from build/site/index.html; no server is needed, save for its search:
+# python -m http.server --bind 127.0.0.1 --directory build/site
 docs: setup
 	$(BIN)/mkdocs build --strict
 

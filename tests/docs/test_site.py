@@ -185,6 +185,11 @@ def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path
     assert {"index.html", "faq.html", "reference/config.html", "extending/noise.html"} <= built
     assert not [name for name in built if "_hooks" in name]
     assert len(built) > 25
+    # Messages are of one long line, whose end is the remedy: it must not be out of sight.
+    failures = (tmp_path / "faq.html").read_text()
+    messages = re.findall(r"^```text$", (DOCS / "faq.md").read_text(), re.M)
+    assert failures.count('<div class="language-text highlight">') == len(messages)
+    assert 'href="stylesheets/text-blocks.css"' in failures
     for name in built:
         html = (tmp_path / name).read_text()
         loaded = re.findall(
