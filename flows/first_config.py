@@ -179,7 +179,8 @@ def _write_data(writer: _Writer, look: FirstLook) -> None:
         f"{unreadable} of {look.sizes.looked_at} images could not be read: twice their share of a"
         " shard may be passed over; they are counted and listed."
         if unreadable
-        else "All images that were looked at could be read: one that cannot is an error.",
+        else "The heads of all images that were looked at could be read. One that cannot be decoded"
+        " is an error; a number is how many of a shard may be passed over.",
     )
 
 
