@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from flows.checks import Check
 
 _TIMEOUT_SECONDS = 10
+_PATIENCE_SECONDS = 60  # with a busy server that is to be used, and not only looked at
 
 
 class ServerOutOfReach(ConnectionError):
@@ -31,13 +32,13 @@ class ServerOutOfReach(ConnectionError):
         self.remedy = remedy
 
 
-def version_of_server(url: str) -> str:
+def version_of_server(url: str, *, timeout_seconds: float = _PATIENCE_SECONDS) -> str:
     """Return the version of the server whose API is at `url`, which shows that it lets us in.
 
     Raises: ServerOutOfReach.
     """
     try:
-        answer = httpx.get(f"{url}/admin/version", headers=_headers(), timeout=_TIMEOUT_SECONDS)
+        answer = httpx.get(f"{url}/admin/version", headers=_headers(), timeout=timeout_seconds)
     except httpx.HTTPError as error:
         raise ServerOutOfReach(
             f"{url} does not answer: {type(error).__name__}",
@@ -68,14 +69,14 @@ def check_prefect() -> Iterator[Check]:
         )
         return
     try:
-        version = version_of_server(url)
+        version = version_of_server(url, timeout_seconds=_TIMEOUT_SECONDS)
     except ServerOutOfReach as error:
         yield Check("Prefect server", "fail", error.found, error.remedy)
         return
     headers = _headers()
     yield _check_version(url, version)
     yield from _check_access(url, has_credentials=bool(headers))
-    yield from _check_analytics(url, headers)
+    yield from _check_settings(url, headers)
 
 
 def _headers() -> dict[str, str]:
@@ -139,13 +140,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_analytics(url: str, headers: dict[str, str]) -> Iterator[Check]:
+def _check_settings(url: str, headers: dict[str, str]) -> Iterator[Check]:
     answer = httpx.get(f"{url}/admin/settings", headers=headers, timeout=_TIMEOUT_SECONDS)
     if not answer.is_success:  # an older or another server: then it is not known
         return
     settings: Any = answer.json()
     server = settings.get("server", {}) if isinstance(settings, dict) else {}
-    is_on = server.get("analytics_enabled")
+    yield from _check_analytics(server.get("analytics_enabled"))
+    yield from _check_leases(server.get("concurrency", {}).get("lease_storage"))
+
+
+def _check_analytics(is_on: bool | None) -> Iterator[Check]:
     if is_on is True:
         yield Check(
             "Prefect analytics",
@@ -155,3 +160,20 @@ def _check_analytics(url: str, headers: dict[str, str]) -> Iterator[Check]:
         )
     elif is_on is False:
         yield Check("Prefect analytics", "ok", "off")
+
+
+def _check_leases(storage: str | None) -> Iterator[Check]:
+    """Look at where the server keeps who holds which place in a concurrency limit."""
+    if storage is None:
+        return
+    if storage.endswith(".memory"):
+        yield Check(
+            "Prefect leases",
+            "warn",
+            "kept in the server's memory: when it is started anew, runs of deployments crash within"
+            " four minutes, and go on from their last checkpoint where they are started again",
+            "Set PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="
+            "prefect.server.concurrency.lease_storage.filesystem where it is started",
+        )
+    else:
+        yield Check("Prefect leases", "ok", storage.rpartition(".")[2])

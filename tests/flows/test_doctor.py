@@ -221,6 +221,7 @@ def test_our_own_test_server_is_found_right(prefect_api: str) -> None:
     assert prefect.__version__ in found["Prefect server"].found
     assert found["Prefect authentication"].found == "on loopback, without"
     assert found["Prefect analytics"] == Check("Prefect analytics", "ok", "off")
+    assert found["Prefect leases"] == Check("Prefect leases", "ok", "filesystem")
 
 
 def test_a_server_that_is_older_open_or_sends_analytics_is_told_of(
@@ -234,7 +235,9 @@ def test_a_server_that_is_older_open_or_sends_analytics_is_told_of(
         "Prefect server": "fail",
         "Prefect authentication": "warn",
         "Prefect analytics": "warn",
+        "Prefect leases": "warn",
     }
+    assert "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE" in older["Prefect leases"].remedy
     assert newer["Prefect server"].level == "warn"
     assert newer["Prefect analytics"].level == "ok"
 
@@ -315,7 +318,14 @@ def fake_server() -> Iterator[Callable[..., str]]:
     def start(*, version: str, analytics: bool = False, password: str | None = None) -> str:
         answers: dict[str, Any] = {
             "/api/admin/version": version,
-            "/api/admin/settings": {"server": {"analytics_enabled": analytics}},
+            "/api/admin/settings": {
+                "server": {
+                    "analytics_enabled": analytics,
+                    "concurrency": {
+                        "lease_storage": "prefect.server.concurrency.lease_storage.memory"
+                    },
+                }
+            },
         }
         wanted = None
         if password is not None:
