@@ -4,17 +4,20 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+DRIVERS = Path(__file__).with_name("forked_drivers.py")
 
 OVERRIDES = [
     "rounds=2",
@@ -66,33 +69,42 @@ CRASH_POINTS = [
 NUM_RANDOM_KILLS = 3
 
 
+@pytest.fixture
+def drivers(prefect_api: str) -> Iterator[Any]:
+    """What starts runs that are to be killed; the server is there already."""
+    with runpy.run_path(str(DRIVERS))["forked_drivers"]() as started:
+        yield started
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
     store = tmp_path_factory.mktemp("uninterrupted") / "store"
-    finished = _start(store, prefect_api).wait(timeout=600)
-    assert finished == 0
+    assert _run([sys.executable, "-m", "flows.cli"], _run_in(store)) == 0
     return store
 
 
 def test_killed_and_resumed_run_equals_uninterrupted_one_and_repeats_nothing(
-    tmp_path: Path, uninterrupted: Path, prefect_api: str
+    tmp_path: Path, uninterrupted: Path, drivers: Any
 ) -> None:
     store = tmp_path / "store"
     committed: dict[str, tuple[int, int]] = {}
     for point in CRASH_POINTS:
-        process = _start(store, prefect_api, crash_at=point)
-        assert process.wait(timeout=300) == -signal.SIGKILL, f"{point} was not reached"
+        killed = drivers.start(_run_in(store), {"SELFTRAIN_CRASH_AT": point})
+        assert killed.wait(timeout=300) == -signal.SIGKILL, f"{point} was not reached"
         _assert_untouched(store, committed, after=point)
         committed = _committed_data(store)
     moments = random.Random(20)
     for _ in range(NUM_RANDOM_KILLS):
-        process = _start(store, prefect_api)
-        time.sleep(moments.uniform(6, 14))
-        process.kill()
-        process.wait()
+        killed = drivers.start(_run_in(store))
+        try:
+            assert killed.wait(timeout=moments.uniform(1, 8)) == 0  # done on a fast machine
+        except TimeoutError:
+            os.kill(killed.pid, signal.SIGKILL)
+            assert killed.wait(timeout=60) == -signal.SIGKILL
         _assert_untouched(store, committed, after="a kill at a random moment")
         committed = _committed_data(store)
-    assert _start(store, prefect_api, resume=True).wait(timeout=600) == 0
+    resume = ["resume", "killed", "--store", str(store)]
+    assert _run([sys.executable, "-m", "flows.cli"], resume) == 0
 
     _assert_untouched(store, committed, after="the last resume")
     assert _results(store) == _results(uninterrupted)
@@ -101,9 +113,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_one_and_repeats_nothing(
     assert sum(step >= 40 for step in resumed) >= 2, resumed
 
 
-def test_control_without_reuse_repeats_work(
-    tmp_path: Path, uninterrupted: Path, prefect_api: str
-) -> None:
+def test_control_without_reuse_repeats_work(tmp_path: Path, uninterrupted: Path) -> None:
     """The assertion above can fail: with the reuse checks switched off, it does."""
     store = tmp_path / "store"
     shutil.copytree(uninterrupted, store)
@@ -115,36 +125,26 @@ def test_control_without_reuse_repeats_work(
         "tasks.labeling.shards_to_label = lambda *where, **how: list(where[2].shards)\n"
         "flows.cli.main()"
     )
-    process = _start(store, prefect_api, command=[sys.executable, "-c", driver])
-    assert process.wait(timeout=600) == 0
+    assert _run([sys.executable, "-c", driver], _run_in(store)) == 0
     with pytest.raises(AssertionError, match="was written again"):
         _assert_untouched(store, committed, after="a run that reuses nothing")
 
 
-def _start(
-    store: Path,
-    prefect_api: str,
-    *,
-    crash_at: str | None = None,
-    resume: bool = False,
-    command: list[str] | None = None,
-) -> "subprocess.Popen[bytes]":
-    arguments = command or [sys.executable, "-m", "flows.cli"]
-    if resume:
-        arguments = [*arguments, "resume", "killed", "--store", str(store)]
-    else:
-        arguments = [*arguments, "run", "demo", "--name", "killed", "--store", str(store)]
-        for override in OVERRIDES:
-            arguments += ["--set", override]
-    environment = {**os.environ, "PREFECT_API_URL": prefect_api}
-    if crash_at is not None:
-        environment["SELFTRAIN_CRASH_AT"] = crash_at
-        # The shell becomes the driver and so knows its process id: a crash point in a worker kills
-        # the driver with it, as a lost machine would.
-        arguments = ["sh", "-c", 'SELFTRAIN_CRASH_PID=$$ exec "$@"', "sh", *arguments]
-    return subprocess.Popen(
-        arguments, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+def _run_in(store: Path) -> list[str]:
+    """Return the arguments of `selftrain` that run the config in a store."""
+    overrides = [argument for override in OVERRIDES for argument in ("--set", override)]
+    return ["run", "demo", "--name", "killed", "--store", str(store), *overrides]
+
+
+def _run(command: list[str], arguments: list[str]) -> int:
+    """Run the command line in an interpreter of its own, to its end; return the exit code."""
+    return subprocess.run(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        timeout=600,
+        check=False,
+    ).returncode
 
 
 def _committed_data(store: Path) -> dict[str, tuple[int, int]]:
