@@ -6,7 +6,11 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow test-s3 test-browser test-gpu lint check bench docs clean
+# Two processes take whole files in the order of tests/conftest.py: the longest first.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: setup demo test test-marked test-slow test-s3 test-browser test-gpu lint check bench docs clean
 
 setup: $(VENV)/.installed
 
@@ -21,19 +25,23 @@ demo: setup
 	$(BIN)/selftrain run demo --store ./selftrain-store
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) $(PARALLEL)
+
+# The next three in one: none of them then ends with a core idle.
+test-marked: setup
+	$(PYTEST) -m 'slow or s3 or browser' $(PARALLEL)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(PYTEST) -m slow $(PARALLEL)
 
 test-s3: setup
-	$(BIN)/python -m pytest -m s3
+	$(PYTEST) -m s3
 
 test-browser: setup
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+	$(PYTEST) -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -62,6 +62,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # when the tests that were not asked for are out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first: a long one at the end would leave a core idle.
+
+    Long are those whose tests have a long time limit, then those of flows and of tasks, which start
+    processes. xdist hands files out in this order (--no-loadscope-reorder).
+    """
+    limits: dict[Path, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        limits[item.path] = max(limits.get(item.path, 0), 0 if mark is None else mark.args[0])
+    packages = ("flows", "tasks")
+
+    def rank(item: pytest.Item) -> tuple[float, int]:
+        package = item.path.parent.name
+        return -limits[item.path], packages.index(package) if package in packages else 2
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     # Tiny tensors gain nothing from more, and threads that spin starve the other test processes.
