@@ -98,7 +98,8 @@ def test_workers_that_keep_dying_end_in_a_clear_error(
 ) -> None:
     monkeypatch.setenv("SELFTRAIN_CRASH_AT", "label.before_data")
     with pytest.raises((LabelWorkerLost, WorkersLost), match="died") as caught:
-        label(taught, pipeline.teacher.fingerprint, with_one_worker(engine))
+        # One group: each has its own deaths, and each death costs the start of another worker.
+        label(taught, pipeline.teacher.fingerprint, with_one_worker(engine), shards_per_task=5)
     assert "labeling.batch_size" in str(caught.value)
 
 

@@ -288,6 +288,7 @@ def test_alerts_go_through_the_block_that_is_named(client: SyncPrefectClient) ->
 
 KILLED = [
     *["data.dev=40", "data.test=40", "teacher.batch_size=50", "device=cpu"],
+    "teacher.architecture={kind: small_cnn, width: 8, depth: 1}",
     *["teacher.duration.steps=300", "teacher.checkpoint_every_steps=20"],
     *["restart.lost_after_seconds=90", "restart.delay_seconds=1"],
 ]
