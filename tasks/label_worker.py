@@ -16,11 +16,8 @@ from typing import Any, TextIO
 
 import torch
 
-from models.deferred_compiler import compiler_deferred
-
-with compiler_deferred():  # nothing is compiled here, and all else waits for the imports
-    from tasks.label_jobs import LabelJob, label_group
 from tasks.kept_memory import keep_freed_memory
+from tasks.label_jobs import LabelJob, label_group
 
 # What the user's input or the computation itself causes comes back on every try.
 REFUSALS = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)

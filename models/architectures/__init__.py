@@ -5,21 +5,27 @@ from typing import Annotated, assert_never
 
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer  # pyright: ignore[reportMissingTypeStubs]
 
-from models.architectures import vision_transformer
-from models.architectures.airbench import AirbenchConfig, build_airbench
-from models.architectures.classifier import Classifier, Interpolation, Normalization
-from models.architectures.convnext import ConvNeXtConfig, build_convnext
-from models.architectures.efficientnet import EfficientNetConfig, build_efficientnet
-from models.architectures.efficientnet_v2 import EfficientNetV2Config, build_efficientnet_v2
-from models.architectures.freezing import freeze_shallow
-from models.architectures.mobilenet_v3 import MobileNetV3Config, build_mobilenet_v3
-from models.architectures.resnet import ResNetConfig, build_resnet
-from models.architectures.small_cnn import SmallCnnConfig, build_small_cnn
-from models.architectures.vision_transformer import VitConfig, build_vit
-from models.architectures.wide_resnet import WideResNetConfig, build_wide_resnet
-from models.noise.stochastic_depth import StochasticDepth, StochasticDepthConfig, set_drop_rates
+from models.deferred_compiler import compiler_deferred
+
+# Whatever builds networks or reads a config comes here first: a run, a stage, a worker. Trainings
+# load the compiler all the same, with the first step of torch's optimizers.
+with compiler_deferred():
+    from torchvision.models import VisionTransformer  # pyright: ignore[reportMissingTypeStubs]
+
+    from models.architectures import vision_transformer
+    from models.architectures.airbench import AirbenchConfig, build_airbench
+    from models.architectures.classifier import Classifier, Interpolation, Normalization
+    from models.architectures.convnext import ConvNeXtConfig, build_convnext
+    from models.architectures.efficientnet import EfficientNetConfig, build_efficientnet
+    from models.architectures.efficientnet_v2 import EfficientNetV2Config, build_efficientnet_v2
+    from models.architectures.freezing import freeze_shallow
+    from models.architectures.mobilenet_v3 import MobileNetV3Config, build_mobilenet_v3
+    from models.architectures.resnet import ResNetConfig, build_resnet
+    from models.architectures.small_cnn import SmallCnnConfig, build_small_cnn
+    from models.architectures.vision_transformer import VitConfig, build_vit
+    from models.architectures.wide_resnet import WideResNetConfig, build_wide_resnet
+    from models.noise.stochastic_depth import StochasticDepth, StochasticDepthConfig, set_drop_rates
 
 ArchitectureConfig = Annotated[
     SmallCnnConfig

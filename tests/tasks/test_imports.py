@@ -156,6 +156,13 @@ def test_worker_launcher_and_config_load_no_prefect():
     assert not loaded & {"prefect", "sklearn", "matplotlib", "webdataset"}
 
 
+def test_a_run_is_there_without_the_compiler():
+    # sympy comes with torch's compiler alone, whose import takes longer than that of torch.
+    loaded = modules_after("import flows.running, tasks.worker, tasks.label_worker")
+    assert {"torch", "torchvision", "prefect"} <= loaded
+    assert "sympy" not in loaded
+
+
 def test_no_package_is_below_the_tests():
     # With --import-mode=importlib an __init__.py would make two modules of one file.
     assert not list((REPOSITORY / "tests").rglob("__init__.py"))
