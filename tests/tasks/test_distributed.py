@@ -391,7 +391,7 @@ def start_agents(lab, order, log):
 @pytest.mark.timeout(600)
 def test_of_two_torchrun_agents_one_is_killed_and_the_next_two_end_the_training(lab, tmp_path):
     order = lab.order(
-        lab.config(accumulation_steps=2, duration=Duration(steps=800), checkpoint_every_steps=20)
+        lab.config(accumulation_steps=2, duration=Duration(steps=400), checkpoint_every_steps=20)
     )
     fingerprint = order.specification.fingerprint
     place_order(lab.store, order)
