@@ -28,7 +28,7 @@ OVERRIDES = [
     "data.test=40",
     "teacher.architecture={kind: small_cnn, width: 4, depth: 1}",
     "student.architecture={kind: small_cnn, width: 4, depth: 1}",
-    "teacher.duration.steps=1200",
+    "teacher.duration.steps=600",
     "student.duration.steps=10",
     "student.warmup=null",
     "teacher.batch_size=20",
@@ -80,7 +80,7 @@ def test_stopped_run_leaves_a_checkpoint_and_no_child_and_resume_finishes_it(
     assert (teacher["kind"], teacher["state"]) == ("train", "partial")
     checkpoint = newest_checkpoint(opened, teacher["fingerprint"])
     assert checkpoint is not None
-    assert 0 < checkpoint.step < 1200
+    assert 0 < checkpoint.step < 600
 
     resumed = subprocess.run(
         [*command[:3], "resume", "stopped", f"--store={store}", "--json"],
