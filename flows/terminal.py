@@ -110,7 +110,8 @@ def print_status(status: RunStatus) -> None:
         )
     # Not wrapped: paths are there to be copied.
     out.print(f"report: {status.report_url}", soft_wrap=True, highlight=False, markup=False)
-    out.print(f"model:  {status.model_url}", soft_wrap=True, highlight=False, markup=False)
+    model = status.model_url or "none yet"
+    out.print(f"model:  {model}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_first_look(made: Initialized) -> None:
@@ -209,6 +210,9 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 def print_runs(store: str, runs: list[RunStatus]) -> None:
     """Print a line for each run of a store."""
+    if not runs:
+        out.print(f"no runs in {store}", soft_wrap=True, highlight=False, markup=False)
+        return
     table = titled_table(f"runs in {store}")
     for name in ["run", "state", "rounds", "dev accuracy", "test accuracy"]:
         table.add_column(name)

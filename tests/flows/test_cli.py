@@ -170,6 +170,12 @@ def test_status_and_list_say_what_run_said(demo: Demo) -> None:
     assert "demo" in _invoke("list", demo).stdout
 
 
+def test_a_store_without_runs_says_so(tmp_path: Path) -> None:
+    store = f"--store={tmp_path}/mistyped"
+    assert _invoke("list", store).stdout == f"no runs in {tmp_path}/mistyped\n"
+    assert json.loads(_invoke("list", store, "--json").stdout)["runs"] == []
+
+
 def test_resume_of_a_finished_run_recomputes_nothing_whatever_its_launch(demo: Demo) -> None:
     resumed = _invoke("resume", "demo", demo, "--json", "--set=launch.processes=auto")
 

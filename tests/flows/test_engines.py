@@ -103,6 +103,7 @@ def test_workers_that_keep_dying_end_in_a_clear_error(
     assert "labeling.batch_size" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_the_flow_no_worker_lives_and_a_resume_labels_what_is_missing(
     pipeline: Any, taught: Any, tmp_path: Path
 ) -> None:

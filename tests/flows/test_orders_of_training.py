@@ -12,6 +12,7 @@ from flows.opening import open_run
 from flows.planning import plan_run
 from flows.run_status import RunStatus, read_status
 from flows.self_training import self_training
+from flows.terminal import print_status
 from storage.runs import append_event, list_runs, read_events
 from storage.shard_cache import CacheTooSmall
 from storage.store import Store, open_store
@@ -129,7 +130,7 @@ def test_the_plan_lists_the_stages_that_the_run_has(
 
 
 def test_a_round_whose_last_training_is_not_finished_has_no_model_yet(
-    fixed: tuple[SelfTrainingConfig, Store],
+    fixed: tuple[SelfTrainingConfig, Store], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The teacher is done, its resolution fix only begun: `export` must not find a model here.
     config, store = fixed
@@ -141,6 +142,8 @@ def test_a_round_whose_last_training_is_not_finished_has_no_model_yet(
     facts |= {"role": "resolution_fix", "part": "resolution_fix"}
     append_event(store, half.name, "stage_referenced", **facts, fingerprint="a" * 64)
     assert read_status(store, "half").model_url is None
+    print_status(read_status(store, "half"))
+    assert "model:  none yet" in capsys.readouterr().out
 
 
 def test_pretraining_comes_before_the_labels(
@@ -245,22 +248,27 @@ LOW_BAR = (
 )
 
 
+def _slow(recipe: str, changes: tuple[str, ...]) -> Any:
+    """Leave the recipe to `make test-slow`: ten seconds each, of the same loop with other rules."""
+    return pytest.param(recipe, changes, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
         ("supervised", ()),
-        ("distillation", ()),
         ("fixmatch_online", ()),
         ("noisy_student", ("student.ladder=[]", *LOW_BAR)),
-        ("noisy_student_topk", ("student.ladder=[]", *LOW_BAR)),
-        ("fixmatch_offline", LOW_BAR),
         ("billion_scale", ("student.finetune.duration={steps: 2}", *LOW_BAR)),
-        (
+        _slow("distillation", ()),
+        _slow("noisy_student_topk", ("student.ladder=[]", *LOW_BAR)),
+        _slow("fixmatch_offline", LOW_BAR),
+        _slow(
             "curriculum_labeling",
             ("rounds=1", "selection.allow_collapse=true", "student.swa.every_steps=1"),
         ),
-        ("debiased", LOW_BAR),
-        (
+        _slow("debiased", LOW_BAR),
+        _slow(
             "naive_student",
             (
                 "rounds=1",
@@ -271,7 +279,7 @@ LOW_BAR = (
                 "selection.allow_collapse=true",
             ),
         ),
-        (
+        _slow(
             "ups",
             (
                 "rounds=1",

@@ -207,6 +207,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_before_any_rank_waits(
     assert "set batch_size to 4 or 8, or take 3 or 6 parts (ranks)" in message
 
 
+@pytest.mark.slow
 def test_two_workers_commit_one_model_that_one_process_would_have_made(lab, tmp_path):
     order = lab.order(lab.config(accumulation_steps=2))
     assert ended(start_workers(lab, order, 2))[0] == [0, 0]
@@ -220,6 +221,7 @@ def test_two_workers_commit_one_model_that_one_process_would_have_made(lab, tmp_
     assert newest_step(lab, order) is None
 
 
+@pytest.mark.slow
 def test_batchnorm_over_one_joint_batch_is_refused_on_the_cpu(lab):
     order = lab.order(lab.config(accumulation_steps=1))
     codes, said = ended(start_workers(lab, order, 2))
@@ -240,6 +242,7 @@ def stop_at(step):
     return lambda: next(seen) == step
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_other_numbers_of_processes(lab, tmp_path, monkeypatch):
     order = lab.order(lab.config(accumulation_steps=2, checkpoint_every_steps=5))
     with pytest.raises(TrainingStopped):
@@ -257,6 +260,7 @@ def test_a_training_goes_on_with_other_numbers_of_processes(lab, tmp_path, monke
     assert largest_difference(weights(lab, resumed), weights(other, other.train(order))) <= 1e-5
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_stops_all_with_one_checkpoint(lab, tmp_path):
     order = endless_order(lab)
     progress = tmp_path / "progress.jsonl"
@@ -299,6 +303,7 @@ def processes_of(fingerprint):
     return found
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_launch_which_names_it(lab):
     order = endless_order(lab)
     fingerprint = order.specification.fingerprint
@@ -318,6 +323,7 @@ def test_a_rank_that_is_killed_ends_the_launch_which_names_it(lab):
     assert newest_step(lab, order) is not None
 
 
+@pytest.mark.slow
 def test_stopping_a_launch_stops_all_ranks_with_a_checkpoint(lab):
     order = endless_order(lab)
     place_order(lab.store, order)
@@ -448,6 +454,7 @@ def test_a_time_out_of_collectives_that_means_nothing_is_refused(monkeypatch, te
         joined_group("cpu").__enter__()
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_are_given_up_after_the_time_out(tmp_path):
     script = (
         "import time, sys\n"

@@ -84,6 +84,7 @@ def provenance_of(lab, order):
     return facts
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_writes_a_checkpoint_ends_in_the_same_bytes(student, tmp_path):
     lab, order_of = student
     order = order_of(checkpoint_every_steps=4)
