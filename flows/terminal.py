@@ -19,7 +19,7 @@ from flows.plan_totals import totals_of
 from flows.planning import PlannedStage
 from flows.run_status import RunStatus, percent, table_rows
 from tasks.progress import Progress, listening
-from tasks.report_formats import duration
+from tasks.report_formats import brief, duration
 
 # Where the output is no terminal, rich would fold tables to 80 columns.
 _FILE_WIDTH = 130
@@ -251,4 +251,4 @@ def _bytes(number: int) -> str:
 
 
 def _facts(progress: Progress) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in progress.facts.items())
+    return "  ".join(f"{name} {brief(value)}" for name, value in progress.facts.items())

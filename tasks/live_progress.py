@@ -12,7 +12,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import MissingContextError
 
 from tasks.progress import Progress, report
-from tasks.report_formats import duration
+from tasks.report_formats import brief, duration
 
 _SECONDS_BETWEEN_ARTIFACTS = 5.0
 # How long a finished stage waits for the last word on it to be written.
@@ -64,9 +64,9 @@ class LiveProgress:
         ):
             return
         self._updated_at = now
-        shown = [f"{name} {value:.4g}" for name, value in facts.items()]
+        shown = [f"{name} {brief(value)}" for name, value in facts.items()]
         if rate is not None:
-            shown.append(f"{rate * self._images_per_unit:.4g} img/s")
+            shown.append(f"{brief(rate * self._images_per_unit)} img/s")
             if not is_finished:
                 shown.append(f"{duration((total - done) / rate)} left")
         shown += [self._note] if self._note else []

@@ -45,6 +45,11 @@ def count(number: float | None) -> str:
     return UNKNOWN if number is None else f"{number:,.0f}"
 
 
+def brief(number: float) -> str:
+    """Return a number in four digits, from 1,000 on whole with separators."""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+
+
 def decimal(number: float | None) -> str:
     """Return a number with three decimals."""
     return UNKNOWN if number is None else f"{number:.3f}"

@@ -157,7 +157,7 @@ def test_run_prints_its_status_as_json_and_nothing_else_on_stdout(demo: Demo) ->
 def test_progress_in_a_log_is_a_line_each(demo: Demo) -> None:
     lines = [line for line in demo.stderr.splitlines() if "images_per_second" in line]
     assert lines
-    assert all(re.fullmatch(r".+: \d+/\d+ \w+ .*images_per_second [\d.]+", one) for one in lines)
+    assert all(re.fullmatch(r".+: \d+/\d+ \w+ .*images_per_second [\d.,]+", one) for one in lines)
 
 
 def test_status_and_list_say_what_run_said(demo: Demo) -> None:

@@ -727,6 +727,14 @@ def test_points_have_a_sign_and_round_half_away_from_zero(value, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.31254, "0.3125"), (999.96, "1000"), (16_480.4, "16,480"), (7.342e-5, "7.342e-05")],
+)
+def test_large_numbers_are_written_out_and_small_ones_cut(value, text):
+    assert formats.brief(value) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         *((0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (252, "4 min 12 s")),
