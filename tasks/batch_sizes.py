@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 _CPU_OUTPUT_BYTES = 64 * 2**20
 """Of the largest activation of a CPU's batch. A batch costs as many calls as it is, small or large,
-so small networks want many images; more than these gain nothing, and leave the caches."""
+so small networks want many images; more than these leave the caches."""
 _CPU_BOUNDS = (8, 128)
 _CPU_SHARE = 0.5  # of the memory for each core; the rest is for shards, decoded images and others
 _LIVE_OUTPUTS = 4
