@@ -1,11 +1,9 @@
 """The single values of a config under their dotted keys."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# What comes before the @ of a host; in a path an @ is a letter like any other.
-_CREDENTIALS = re.compile(r"(?!file:|local:)[A-Za-z][A-Za-z0-9+.-]*://[^/]*@")
+from storage.file_systems import holds_credentials
 
 
 def leaves_of(value: Any, *, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -30,4 +28,4 @@ def _has_credentials(value: Any) -> bool:
         return any(_has_credentials(one) for one in value.values())
     if isinstance(value, list | tuple):
         return any(_has_credentials(one) for one in value)
-    return isinstance(value, str) and _CREDENTIALS.match(value) is not None
+    return isinstance(value, str) and holds_credentials(value)

@@ -8,6 +8,8 @@ from typing import Any, Protocol, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
+_LOCAL_SCHEMES = {"file", "local"}
+
 _file_systems: dict[tuple[object, ...], "FileSystem"] = {}
 
 
@@ -25,6 +27,12 @@ class FileSystem(Protocol):
     def call_s3(self, method: str, **kwargs: str) -> dict[str, Any]: ...
 
 
+def holds_credentials(url: str) -> bool:
+    """Return whether something stands before the @ of a host; in a path an @ is a letter."""
+    scheme, mark, rest = url.partition("://")
+    return bool(mark) and scheme not in _LOCAL_SCHEMES and "@" in rest.split("/", 1)[0]
+
+
 def split_url(url: str) -> tuple[str, str]:
     """Return scheme and path (local) or scheme and the whole URL (anything else)."""
     if "::" in url:
@@ -36,9 +44,9 @@ def split_url(url: str) -> tuple[str, str]:
         if not url:
             raise ValueError("an empty string is no path; give a folder or a URL")
         return "file", os.path.abspath(url)
-    if scheme in {"file", "local"}:
+    if scheme in _LOCAL_SCHEMES:
         return "file", os.path.abspath(rest)
-    if "@" in rest.split("/", 1)[0]:
+    if holds_credentials(url):
         raise ValueError(
             f"{scheme}://...: credentials do not belong in a URL, which is stored and shown; set "
             "them in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, ...) or use a role"
