@@ -277,9 +277,12 @@ def test_the_report_is_as_narrow_as_a_telephone_or_a_sheet_of_paper(
 
 
 def open_artifact(page: Page, shown: Shown, version: str, key: str) -> None:
-    """Go from the page of all artifacts to the newest one of a key."""
-    page.goto(f"{shown.url}{version}/artifacts")
-    page.get_by_text(key, exact=True).first.click()
+    """Go to the newest artifact of a key.
+
+    From the page of the key: the one of all artifacts is in no order, and its first version has
+    only those in the window.
+    """
+    page.goto(f"{shown.url}{version}/artifacts/key/{key}")
     page.locator("a[href*='/artifacts/artifact/']").first.click()
     page.wait_for_url(re.compile("/artifacts/artifact/"))
 
