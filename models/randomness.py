@@ -58,11 +58,16 @@ def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
     return hash_utf8_keys([key.encode() for key in keys])
 
 
-def hash_utf8_keys(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    """Return `hash64` of every key that is given as UTF-8, (N,) uint64."""
-    blake2b = hashlib.blake2b
-    digests = b"".join([blake2b(key, digest_size=8).digest() for key in keys])
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+def hash_utf8_keys(keys: Sequence[bytes], *, prefix: bytes = b"") -> npt.NDArray[np.uint64]:
+    """Return `hash64` of every key that is given as UTF-8, (N,) uint64, each after the prefix."""
+    # Copied in two thirds of the time of making it anew.
+    copy = hashlib.blake2b(prefix, digest_size=8).copy
+    digests: list[bytes] = []
+    for key in keys:
+        state = copy()
+        state.update(key)
+        digests.append(state.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def key_hash_tensor(keys: Sequence[str]) -> Tensor:

@@ -21,13 +21,18 @@ ZSTD_LEVEL = 3
 
 
 def write_table(
-    table: Any, *, compression_level: int = ZSTD_LEVEL, has_statistics: bool = True
+    table: Any,
+    *,
+    compression: str | dict[str, str] = "zstd",
+    compression_level: int | dict[str, int] = ZSTD_LEVEL,
+    has_statistics: bool = True,
 ) -> bytes:
     """Return a Parquet file's bytes: fixed settings, no time of writing, a checksum per page.
 
     Args:
         table: to be written.
-        compression_level: of zstd.
+        compression: of all columns, or of each by its path in the schema.
+        compression_level: in the same way; of columns that have one.
         has_statistics: write the least and the greatest value of each column and row group.
     """
     buffer = arrow.BufferOutputStream()  # written without Python, and so without its lock
@@ -35,7 +40,7 @@ def write_table(
         table,
         buffer,
         row_group_size=ROW_GROUP_ROWS,
-        compression="zstd",
+        compression=compression,
         compression_level=compression_level,
         version="2.6",
         data_page_version="1.0",

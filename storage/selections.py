@@ -51,6 +51,13 @@ SCHEMA: Any = arrow.schema(
     ],
     metadata={"selftrain.selection": str(SCHEMA_VERSION)},
 )
+# LZ4 takes half the time of zstd and twice the bytes, but for keys, which it leaves nine times as
+# long, and for soft targets, which are most of their file. A higher level saves nothing.
+_LEVELS = {"key": 1, "target_ids.list.element": 1, "target_log_probs.list.element": 1}
+_COMPRESSION = {
+    **{field.name: "lz4" for field in SCHEMA},
+    **dict.fromkeys(_LEVELS, "zstd"),
+}
 _SCALARS = ("kept", "reason", "copies", "weight", "label", "rest_mass")
 
 
@@ -275,9 +282,10 @@ def to_parquet(selection: Selection) -> bytes:
             values = arrow.array(getattr(selection, field.name), type=field.type.value_type)
             columns.append(arrow.ListArray.from_arrays(offsets, values, type=field.type))
     table = arrow.Table.from_arrays(columns, schema=SCHEMA)
-    # Read whole and by nobody who would skip rows by their statistics; a higher level takes longer
-    # and leaves as many bytes.
-    return write_table(table, compression_level=1, has_statistics=False)
+    # Read whole and by nobody who would skip rows by their statistics.
+    return write_table(
+        table, compression=_COMPRESSION, compression_level=_LEVELS, has_statistics=False
+    )
 
 
 def from_parquet(data: bytes, *, num_samples: int, where: str = "selection") -> Selection:

@@ -83,7 +83,7 @@ def sample_outputs(
     inputs.assert_next("gate")
     found: list[tuple[str, NDArray[np.float64]]] = []
     for stem in stems:
-        rows = Rows.read(store, inputs, stem, with_keys=True)
+        rows = Rows.read(store, inputs, stem)
         numbers = np.arange(rows.num_samples)[rows.admitted]
         drawn = uniforms(inputs.stream, rows.key_hashes(numbers), block=Block.OUT_OF_DOMAIN)
         found.append((stem, outputs_of(rows.columns).table()[numbers[drawn < share]]))

@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 
 from models.balancing import (
     BalanceConfig,
-    BalancePlan,
     Candidates,
     FinishedPlan,
     NoBalancePlan,
     NsBinnedPlan,
+    UnfinishedPlan,
+    advance_plan,
     boundary_candidates,
     confidence_histogram,
-    finish_plan,
     is_at_boundary,
     merge_candidates,
     merge_histograms,
-    needs_candidates,
     plan_balance,
     ranks_by_uncertainty,
+    reads_keys,
 )
 from models.debiasing import DebiasNoneConfig, aligning_offsets, class_offsets
 from models.exact_sums import exact_mean, exact_sum
@@ -185,22 +185,27 @@ def collect_candidates(
     inputs: SelectionInputs,
     stems: Sequence[str],
     config: SelectionConfig,
-    plan: BalancePlan,
+    plan: UnfinishedPlan,
 ) -> Candidates:
     """Map: the rows that a quota's boundary runs through."""
     inputs.assert_next("balance")
+    with_keys = reads_keys(plan)
     labels: list[NDArray[np.integer]] = []
     confidences: list[NDArray[np.floating]] = []
     keys: list[NDArray[np.str_]] = []
     for stem in stems:
-        rows = Rows.read(store, inputs, stem, with_keys=True)
+        rows = Rows.read(store, inputs, stem)
         ranked = rows.ranked(inputs, config.balance)
         near = is_at_boundary(plan, ranked.labels, ranked.values)
         labels.append(ranked.labels[near])
         confidences.append(ranked.values[near])
-        keys.append(rows.sample_keys(ranked.rows[near]))
+        if with_keys:
+            keys.append(rows.sample_keys(ranked.rows[near]))
     return boundary_candidates(
-        plan, np.concatenate(labels), np.concatenate(confidences), np.concatenate(keys)
+        plan,
+        np.concatenate(labels),
+        np.concatenate(confidences),
+        np.concatenate(keys) if with_keys else None,
     )
 
 
@@ -279,10 +284,10 @@ def _balance(inputs: SelectionInputs, config: SelectionConfig, mapped: Mapped) -
         labeled_counts=inputs.labeled_counts,
         round_index=inputs.round_index,
     )
-    if not needs_candidates(plan):
-        return finish_plan(plan)
-    candidates = reduce(merge_candidates, mapped(collect_candidates, inputs, config, plan))
-    return finish_plan(plan, candidates)
+    while isinstance(plan, UnfinishedPlan):
+        candidates = reduce(merge_candidates, mapped(collect_candidates, inputs, config, plan))
+        plan = advance_plan(plan, candidates)
+    return plan
 
 
 def _plan_facts(

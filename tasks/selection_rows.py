@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,7 @@ class Rows:
         confidences: (N,) float32.
         columns: as stored.
         calibration: applied to them.
-        keys: in-shard keys, where they were wanted.
+        keys: in-shard keys, once they were wanted.
         true_labels: (N,) int32, -1 unknown, where the rows are read to be written: for counts, once
             everything has been decided.
         uncertainty: (N,) float32, where it is stored.
@@ -121,7 +121,6 @@ class Rows:
         inputs: SelectionInputs,
         stem: str,
         *,
-        with_keys: bool = False,
         to_write: bool = False,
     ) -> "Rows":
         """Read one shard's predictions, calibrate and debias them as far as is known.
@@ -130,13 +129,11 @@ class Rows:
             store: where they are.
             inputs: of the selection.
             stem: of the shard.
-            with_keys: read the keys, too.
             to_write: read all that a selection is written from, and check the sha256 of the whole
                 file; else the checksums of what is read of it.
         """
         names = ["label", "confidence"]
-        names += ["key"] if with_keys or to_write else []
-        names += ["true_label"] if to_write else []
+        names += ["key", "true_label"] if to_write else []
         names += inputs.shards[stem].optional
         columns = PredictionColumns(store, inputs.shards[stem], verify=to_write)
         found = columns.read(names)
@@ -169,17 +166,23 @@ class Rows:
         """N."""
         return len(self.labels)
 
+    def in_shard_keys(self) -> KeyColumn:
+        """Return the keys of all rows, read now if they were not before."""
+        if self.keys is None:
+            self.keys = cast("KeyColumn", self.columns.read(["key"])["key"])
+        return self.keys
+
     def sample_keys(self, rows: NDArray[np.intp]) -> NDArray[np.str_]:
         """Return the sample keys of some rows."""
-        assert self.keys is not None, "read with_keys"
-        keys = [sample_key(self.stem, key) for key in self.keys.of_rows(rows)]
+        if not len(rows):
+            return np.zeros(0, dtype=np.str_)
+        keys = [sample_key(self.stem, key) for key in self.in_shard_keys().of_rows(rows)]
         return np.array(keys, dtype=np.str_)
 
     def key_hashes(self, rows: NDArray[np.intp]) -> NDArray[np.uint64]:
         """Return the hashes of the sample keys of some rows, see `models.randomness`."""
-        assert self.keys is not None, "read with_keys"
         before = sample_key(self.stem, "").encode()
-        return hash_utf8_keys([before + key for key in self.keys.utf8_of_rows(rows)])
+        return hash_utf8_keys(self.in_shard_keys().utf8_of_rows(rows), prefix=before)
 
     def blocks(self) -> Iterator[tuple[slice, Distributions]]:
         """Yield the calibrated and debiased distributions, a few rows at a time."""

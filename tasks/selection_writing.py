@@ -187,11 +187,10 @@ def _select(
     reason[ranked.rows[found > 0]] = Reason.KEPT
     if rows.turned_down is not None:
         reason = np.where(rows.turned_down == Reason.KEPT, reason, rows.turned_down)
-    assert rows.keys is not None, "read to write"
     if classes_per_image(config.balance) > 1:
         taken = found > 0
         selection = Selection.of_several(
-            rows.keys,
+            rows.in_shard_keys(),
             reason=reason,
             weight=rows.weights(inputs.weighting),
             label=rows.labels,
@@ -205,7 +204,7 @@ def _select(
     if config.target == "soft":
         log_probs, class_ids, rest_mass = rows.soft_targets()
     selection = Selection.of(
-        rows.keys,
+        rows.in_shard_keys(),
         reason=reason,
         copies=copies,
         weight=rows.weights(inputs.weighting),

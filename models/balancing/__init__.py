@@ -6,8 +6,9 @@ what they call confidences is what `ranking` gives:
 
     pass 1   histogram = sum over shards of `confidence_histogram`        (merge: array addition)
              plan = `plan_balance(config, histogram)`
-    pass 2   only where `needs_candidates(plan)`: candidates = merge over shards of
-             `boundary_candidates`; plan = `finish_plan(plan, candidates)`
+    pass 2   while the plan is an `UnfinishedPlan`: candidates = merge over shards of
+             `boundary_candidates`; plan = `advance_plan(plan, candidates)`. A second time
+             only where confidences tie at a boundary, so that keys decide: see `reads_keys`
     pass 3   copies = `assign_copies(plan, ...)` for each shard
 """
 
@@ -40,10 +41,14 @@ from models.balancing.quotas import randomly_rounded, resolved_quota
 from models.balancing.top_k import (
     TopKBoundary,
     TopKPlan,
+    TopKTies,
+    finish_ties,
     finish_top_k,
     in_cut_bin,
+    is_tied,
     num_top_k_bins,
     plan_top_k,
+    tied_candidates,
     top_k_candidates,
     top_k_expected_copies,
 )
@@ -64,19 +69,21 @@ __all__ = [
     "TopKBoundary",
     "TopKConfig",
     "TopKPlan",
+    "TopKTies",
+    "UnfinishedPlan",
+    "advance_plan",
     "assign_copies",
     "boundary_candidates",
     "classes_per_image",
     "confidence_histogram",
-    "finish_plan",
     "is_at_boundary",
     "merge_candidates",
     "merge_histograms",
-    "needs_candidates",
     "plan_balance",
     "randomly_rounded",
     "ranking",
     "ranks_by_uncertainty",
+    "reads_keys",
     "reads_labeled_counts",
     "resolved_quota",
 ]
@@ -91,8 +98,10 @@ class NoBalancePlan:
     """One copy of everything."""
 
 
-BalancePlan = NoBalancePlan | NsBinnedPlan | TopKBoundary | TopKPlan
 FinishedPlan = NoBalancePlan | NsBinnedPlan | TopKPlan
+UnfinishedPlan = TopKBoundary | TopKTies
+"""One that pass 2 is needed for, or once more."""
+BalancePlan = FinishedPlan | UnfinishedPlan
 
 
 def confidence_histogram(
@@ -196,38 +205,45 @@ def plan_balance(
             assert_never(config)
 
 
-def needs_candidates(plan: BalancePlan) -> bool:
-    """Whether pass 2 is to be made."""
-    return isinstance(plan, TopKBoundary)
+def reads_keys(plan: UnfinishedPlan) -> bool:
+    """Whether the next pass reads sample keys."""
+    return isinstance(plan, TopKTies)
 
 
 def is_at_boundary(
-    plan: BalancePlan, labels: NDArray[np.integer], confidences: NDArray[np.floating]
+    plan: UnfinishedPlan, labels: NDArray[np.integer], confidences: NDArray[np.floating]
 ) -> NDArray[np.bool_]:
     """Which rows the boundary runs through, (N,): only these are of use to pass 2."""
-    if not isinstance(plan, TopKBoundary):
-        raise ValueError(f"{type(plan).__name__} needs no candidates: see needs_candidates")
+    if isinstance(plan, TopKTies):
+        return is_tied(plan, labels, confidences)
     return in_cut_bin(plan, labels, confidences)
 
 
 def boundary_candidates(
-    plan: BalancePlan,
+    plan: UnfinishedPlan,
     labels: NDArray[np.integer],
     confidences: NDArray[np.floating],
-    keys: NDArray[np.str_],
+    keys: NDArray[np.str_] | None = None,
 ) -> Candidates:
-    """Map of pass 2: the rows of one shard that the boundary runs through."""
-    if not isinstance(plan, TopKBoundary):
-        raise ValueError(f"{type(plan).__name__} needs no candidates: see needs_candidates")
-    return top_k_candidates(plan, labels, confidences, keys)
+    """Map of pass 2: the rows of one shard that the boundary runs through.
+
+    Args:
+        plan: so far.
+        labels: (N,) as in pass 1.
+        confidences: (N,) as in pass 1, of the same dtype.
+        keys: (N,) sample keys, unique in the corpus, where `reads_keys`.
+    """
+    if isinstance(plan, TopKBoundary):
+        return top_k_candidates(plan, labels, confidences)
+    if keys is None:
+        raise ValueError("confidences tie at a boundary, which keys must decide: see reads_keys")
+    return tied_candidates(plan, labels, confidences, keys)
 
 
-def finish_plan(plan: BalancePlan, candidates: Candidates | None = None) -> FinishedPlan:
-    """Finish of pass 2; a plan that needs none is returned as it is."""
-    if not isinstance(plan, TopKBoundary):
-        return plan
-    if candidates is None:
-        raise ValueError("top_k needs the candidates of all shards: merge boundary_candidates")
+def advance_plan(plan: UnfinishedPlan, candidates: Candidates) -> BalancePlan:
+    """Finish of pass 2, from the candidates of all shards."""
+    if isinstance(plan, TopKTies):
+        return finish_ties(plan, candidates)
     return finish_top_k(plan, candidates)
 
 

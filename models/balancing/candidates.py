@@ -38,7 +38,7 @@ class Candidates:
     Attributes:
         labels: (N,) int64.
         confidences: (N,) float64.
-        keys: (N,) str.
+        keys: (N,) str; empty ones where keys are not needed, of which rows then are alike.
         limits: (C,) int64, rows kept of each class.
     """
 
@@ -64,7 +64,7 @@ def best_candidates(
 
 
 def merge_candidates(first: Candidates, second: Candidates) -> Candidates:
-    """The best of both; associative and commutative, since keys are unique.
+    """The best of both; associative and commutative, for rows of one rank are alike.
 
     Raises: ValueError if their limits differ, that is, if they are of different plans.
     """

@@ -1,6 +1,7 @@
 """Exactly the k most confident of each class, in memory that does not grow with the corpus."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +58,8 @@ class TopKPlan:
         quotas: (C,) k.
         counts: (C,) samples that passed the threshold.
         last_confidences: (C,) confidence of the k-th row; 0 where the whole class is kept.
-        last_keys: (C,) its key; of equal confidences the keys up to it are kept. None where the
-            whole class is kept.
+        last_keys: (C,) its key; of equal confidences the keys up to it are kept. None where all of
+            that confidence are.
         expected_copies: (C,) of each kept row.
         is_capped: (C,) whether max_copies keeps the class below the quota.
     """
@@ -73,6 +74,19 @@ class TopKPlan:
     def thresholds(self, floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
         """The confidence from which on each class is kept, (C,), never below the `floor`."""
         return np.maximum(self.last_confidences, floor)
+
+
+@dataclass(frozen=True)
+class TopKTies:
+    """Classes of which more rows have the confidence of the k-th than are kept.
+
+    Attributes:
+        plan: what is known without keys.
+        wanted: (C,) rows of that confidence that are kept; 0 where all of them are.
+    """
+
+    plan: TopKPlan
+    wanted: NDArray[np.int64]
 
 
 def plan_top_k(config: TopKConfig, histogram: NDArray[np.int64]) -> TopKBoundary:
@@ -128,48 +142,94 @@ def in_cut_bin(
     return binary_bins(confidences, boundary.num_bins) == boundary.cut_bins[labels]
 
 
+def is_tied(
+    ties: TopKTies, labels: NDArray[np.integer], confidences: NDArray[np.floating]
+) -> NDArray[np.bool_]:
+    """Which rows have the confidence of the k-th of their class, where not all of them are kept."""
+    check_rows(labels, confidences, len(ties.wanted))
+    is_last = confidences.astype(np.float64) == ties.plan.last_confidences[labels]
+    return is_last & (ties.wanted > 0)[labels]
+
+
 def top_k_candidates(
-    boundary: TopKBoundary,
-    labels: NDArray[np.integer],
-    confidences: NDArray[np.floating],
-    keys: NDArray[np.str_],
+    boundary: TopKBoundary, labels: NDArray[np.integer], confidences: NDArray[np.floating]
 ) -> Candidates:
-    """The best rows of some shards within the cut bins, as many of a class as could be kept."""
-    check_keys(keys, len(labels))
+    """The best rows of some shards within the cut bins: of a class one more than could be kept.
+
+    That one tells whether keys must decide, which are long to read and not asked for here.
+    """
     in_cut = in_cut_bin(boundary, labels, confidences)
     return best_candidates(
         labels[in_cut].astype(np.int64),
         confidences[in_cut].astype(np.float64),
-        keys[in_cut],
-        boundary.wanted,
+        np.zeros(int(in_cut.sum()), dtype=np.str_),
+        np.where(boundary.wanted > 0, boundary.wanted + 1, 0),
     )
 
 
-def finish_top_k(boundary: TopKBoundary, candidates: Candidates) -> TopKPlan:
-    """Take the last wanted candidate of each class as its boundary.
+def tied_candidates(
+    ties: TopKTies,
+    labels: NDArray[np.integer],
+    confidences: NDArray[np.floating],
+    keys: NDArray[np.str_],
+) -> Candidates:
+    """The tied rows of some shards with the first keys, as many of a class as could be kept."""
+    check_keys(keys, len(labels))
+    tied = is_tied(ties, labels, confidences)
+    return best_candidates(
+        labels[tied].astype(np.int64),
+        confidences[tied].astype(np.float64),
+        keys[tied],
+        ties.wanted,
+    )
+
+
+def finish_top_k(boundary: TopKBoundary, candidates: Candidates) -> TopKPlan | TopKTies:
+    """Take the confidence of the last wanted candidate of each class as its boundary.
 
     Raises: ValueError if a class has fewer candidates than its histogram said, that is, if a shard
         is missing from one of the passes.
     """
-    last_confidences = np.zeros(len(boundary.counts))
-    last_keys: list[str | None] = [None] * len(boundary.counts)
-    for label in np.flatnonzero(boundary.wanted > 0):
-        start, stop = np.searchsorted(candidates.labels, [label, label + 1])
-        if stop - start != boundary.wanted[label]:
-            raise ValueError(
-                f"class {label} has {stop - start} candidates, its histogram promised "
-                f"{boundary.wanted[label]}: both passes must see the same shards"
-            )
-        last_confidences[label] = candidates.confidences[stop - 1]
-        last_keys[label] = str(candidates.keys[stop - 1])
-    return TopKPlan(
+    num_classes = len(boundary.counts)
+    last_confidences = np.zeros(num_classes)
+    tied = np.zeros(num_classes, dtype=np.int64)
+    for label in np.flatnonzero(boundary.wanted > 0).tolist():
+        wanted = int(boundary.wanted[label])
+        values = _of_class(candidates.confidences, candidates, label, wanted)
+        last_confidences[label] = last = values[wanted - 1]
+        if len(values) > wanted and values[wanted] == last:
+            tied[label] = wanted - np.searchsorted(-values, -last)
+    plan = TopKPlan(
         quotas=boundary.quotas,
         counts=boundary.counts,
         last_confidences=last_confidences,
-        last_keys=tuple(last_keys),
+        last_keys=(None,) * num_classes,
         expected_copies=boundary.expected_copies,
         is_capped=boundary.is_capped,
     )
+    return TopKTies(plan, tied) if tied.any() else plan
+
+
+def finish_ties(ties: TopKTies, candidates: Candidates) -> TopKPlan:
+    """Take the key of the last wanted candidate of each tied class as its boundary.
+
+    Raises: ValueError as `finish_top_k` does.
+    """
+    last_keys: list[str | None] = [None] * len(ties.wanted)
+    for label in np.flatnonzero(ties.wanted > 0).tolist():
+        wanted = int(ties.wanted[label])
+        last_keys[label] = str(_of_class(candidates.keys, candidates, label, wanted)[wanted - 1])
+    return replace(ties.plan, last_keys=tuple(last_keys))
+
+
+def _of_class(column: NDArray[Any], candidates: Candidates, label: int, least: int) -> NDArray[Any]:
+    start, stop = np.searchsorted(candidates.labels, [label, label + 1])
+    if stop - start < least:
+        raise ValueError(
+            f"class {label} has {stop - start} candidates, an earlier pass promised at least "
+            f"{least}: all passes must see the same shards"
+        )
+    return column[start:stop]
 
 
 def top_k_expected_copies(
@@ -182,11 +242,12 @@ def top_k_expected_copies(
     check_rows(labels, confidences, len(plan.counts))
     exact = confidences.astype(np.float64)
     last = plan.last_confidences[labels]
-    is_kept = exact > last
-    ties = np.flatnonzero(exact == last)
-    if not len(ties):  # as in most shards: no key is asked for
-        return np.where(is_kept, plan.expected_copies[labels], 0.0)
-    for row, key in zip(ties.tolist(), keys(ties).tolist(), strict=True):
-        last_key = plan.last_keys[int(labels[row])]
-        is_kept[row] = last_key is None or key <= last_key
+    is_kept = exact >= last
+    has_key = np.array([key is not None for key in plan.last_keys])
+    if has_key.any():
+        tied = np.flatnonzero((exact == last) & has_key[labels])
+        for row, key in zip(tied.tolist(), keys(tied).tolist(), strict=True):
+            last_key = plan.last_keys[int(labels[row])]
+            assert last_key is not None, "has_key"
+            is_kept[row] = key <= last_key
     return np.where(is_kept, plan.expected_copies[labels], 0.0)

@@ -20,15 +20,17 @@ from models.balancing import (
     NsBinnedPlan,
     TopKConfig,
     TopKPlan,
+    TopKTies,
+    UnfinishedPlan,
+    advance_plan,
     assign_copies,
     boundary_candidates,
     confidence_histogram,
-    finish_plan,
     merge_candidates,
     merge_histograms,
-    needs_candidates,
     plan_balance,
     randomly_rounded,
+    reads_keys,
     resolved_quota,
 )
 from models.balancing.histograms import confidence_bins
@@ -67,13 +69,13 @@ def finished(config: BalanceConfig, shards: Sequence[Rows], num_classes: int) ->
         ),
     )
     plan = plan_balance(config, histogram)
-    if not needs_candidates(plan):
-        return finish_plan(plan)
-    candidates = reduce(
-        merge_candidates,
-        (boundary_candidates(plan, s.labels, s.confidences, s.keys) for s in shards),
-    )
-    return finish_plan(plan, candidates)
+    while isinstance(plan, UnfinishedPlan):
+        candidates = reduce(
+            merge_candidates,
+            [boundary_candidates(plan, s.labels, s.confidences, s.keys) for s in shards],
+        )
+        plan = advance_plan(plan, candidates)
+    return plan
 
 
 def copies_by_key(
@@ -286,25 +288,58 @@ def test_confidence_zero_belongs_to_a_class_that_is_kept_whole():
     ) == {1}
 
 
-def test_a_shard_missing_from_the_second_pass_is_noticed():
+def planned(config: BalanceConfig, data: Rows, num_classes: int) -> UnfinishedPlan:
+    """After pass 1."""
+    histogram = confidence_histogram(config, data.labels, data.confidences, num_classes=num_classes)
+    plan = plan_balance(config, histogram)
+    assert isinstance(plan, UnfinishedPlan)
+    return plan
+
+
+def test_a_shard_missing_from_a_later_pass_is_noticed():
     data = rows([[0.9, 0.9, 0.9]])
-    config = TopKConfig(k=2)
-    histogram = confidence_histogram(config, data.labels, data.confidences, num_classes=1)
-    plan = plan_balance(config, histogram)
+    plan = planned(TopKConfig(k=2), data, 1)
     part = data[np.array([0])]
-    candidates = boundary_candidates(plan, part.labels, part.confidences, part.keys)
-    with pytest.raises(ValueError, match="both passes must see the same shards"):
-        finish_plan(plan, candidates)
-    with pytest.raises(ValueError, match="candidates of all shards"):
-        finish_plan(plan)
+    few = boundary_candidates(plan, part.labels, part.confidences)
+    with pytest.raises(ValueError, match="all passes must see the same shards"):
+        advance_plan(plan, few)
+
+    ties = advance_plan(plan, boundary_candidates(plan, data.labels, data.confidences))
+    assert isinstance(ties, TopKTies)
+    few = boundary_candidates(ties, part.labels, part.confidences, part.keys)
+    with pytest.raises(ValueError, match="all passes must see the same shards"):
+        advance_plan(ties, few)
 
 
-def test_candidates_never_outgrow_the_quota():
+def test_keys_are_asked_for_only_where_confidences_tie_at_a_boundary():
+    data = rows([[0.9, 0.8, 0.7], [0.6, 0.6, 0.5]])  # of neither is one of a pair left out
+    plan = planned(TopKConfig(k=2), data, 2)
+    found = advance_plan(plan, boundary_candidates(plan, data.labels, data.confidences))
+    assert isinstance(found, TopKPlan)
+    assert found.last_confidences.tolist() == [0.8, 0.6]
+    assert found.last_keys == (None, None)
+
+    data = rows([[0.9, 0.8, 0.7], [0.9, 0.6, 0.6]])
+    plan = planned(TopKConfig(k=2), data, 2)
+    ties = advance_plan(plan, boundary_candidates(plan, data.labels, data.confidences))
+    assert isinstance(ties, TopKTies)
+    assert reads_keys(ties)
+    assert ties.wanted.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="confidences tie at a boundary"):
+        boundary_candidates(ties, data.labels, data.confidences)
+    found = advance_plan(ties, boundary_candidates(ties, data.labels, data.confidences, data.keys))
+    assert isinstance(found, TopKPlan)
+    assert found.last_keys == (None, "s/004")
+
+
+def test_candidates_never_outgrow_the_quota_and_the_one_that_tells_of_a_tie():
     data = rows([[0.99999] * 500])
-    config = TopKConfig(k=7)
-    histogram = confidence_histogram(config, data.labels, data.confidences, num_classes=1)
-    plan = plan_balance(config, histogram)
-    candidates = boundary_candidates(plan, data.labels, data.confidences, data.keys)
+    plan = planned(TopKConfig(k=7), data, 1)
+    candidates = boundary_candidates(plan, data.labels, data.confidences)
+    assert len(candidates.labels) == 8
+    ties = advance_plan(plan, candidates)
+    assert isinstance(ties, TopKTies)
+    candidates = boundary_candidates(ties, data.labels, data.confidences, data.keys)
     assert candidates.keys.tolist() == [f"s/{i:03d}" for i in range(7)]
 
 
@@ -365,12 +400,14 @@ def test_merging_candidates_is_associative_and_commutative(data: st.DataObject):
     histogram = confidence_histogram(config, corpus.labels, corpus.confidences, num_classes=3)
     plan = plan_balance(config, histogram)
     shards = split(corpus, order, [len(corpus) // 3, 2 * len(corpus) // 3])
-    a, b, c = (boundary_candidates(plan, s.labels, s.confidences, s.keys) for s in shards)
-    left = merge_candidates(merge_candidates(a, b), c)
-    right = merge_candidates(c, merge_candidates(b, a))
-    assert left.keys.tolist() == right.keys.tolist()
-    assert left.labels.tolist() == right.labels.tolist()
-    assert left.confidences.tolist() == right.confidences.tolist()
+    while isinstance(plan, UnfinishedPlan):
+        a, b, c = (boundary_candidates(plan, s.labels, s.confidences, s.keys) for s in shards)
+        left = merge_candidates(merge_candidates(a, b), c)
+        right = merge_candidates(c, merge_candidates(b, a))
+        assert left.keys.tolist() == right.keys.tolist()
+        assert left.labels.tolist() == right.labels.tolist()
+        assert left.confidences.tolist() == right.confidences.tolist()
+        plan = advance_plan(plan, left)
 
 
 @given(data=st.data(), k=st.integers(1, 30))

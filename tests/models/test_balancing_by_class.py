@@ -17,10 +17,11 @@ from models.balancing import (
     TopKBoundary,
     TopKConfig,
     TopKPlan,
+    UnfinishedPlan,
+    advance_plan,
     assign_copies,
     boundary_candidates,
     confidence_histogram,
-    finish_plan,
     merge_candidates,
     merge_histograms,
     plan_balance,
@@ -50,8 +51,10 @@ def kept(
     histograms = [confidence_histogram(config, *s[:2], num_classes=num_classes) for s in shards]
     histogram = reduce(merge_histograms, histograms)
     plan = plan_balance(config, histogram, labeled_counts=given_counts)
-    candidates = reduce(merge_candidates, [boundary_candidates(plan, *s) for s in shards])
-    finished = finish_plan(plan, candidates)
+    while isinstance(plan, UnfinishedPlan):
+        candidates = reduce(merge_candidates, [boundary_candidates(plan, *s) for s in shards])
+        plan = advance_plan(plan, candidates)
+    finished = plan
     assert isinstance(finished, TopKPlan)
     found: set[str] = set()
     for labels, confidences, keys in shards:
