@@ -1,5 +1,6 @@
 """A corpus: the shards, by content, that a stage reads, and where they lie today."""
 
+import functools
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -235,6 +236,16 @@ def load_corpus(store: Store, digest: str) -> Corpus:
     """
     path = corpus_path(digest)
     return _corpus_of(_known(store, path, digest), digest, store.url_of(path))
+
+
+@functools.lru_cache(maxsize=1)
+def cached_corpus(store: Store, digest: str) -> Corpus:
+    """Return what `load_corpus` does, read once a process.
+
+    For what is done to every group of shards: there are as many groups as the corpus is long, and
+    so is reading it.
+    """
+    return load_corpus(store, digest)
 
 
 def load_locations(store: Store, digest: str) -> Locations:

@@ -24,7 +24,15 @@ from models.near_duplicates import (
     find_near_duplicates,
 )
 from storage.addresses import canonical_json, fingerprint, settings_of
-from storage.corpus import Corpus, Locations, Shard, load_corpus, load_locations, read_samples
+from storage.corpus import (
+    Corpus,
+    Locations,
+    Shard,
+    cached_corpus,
+    load_corpus,
+    load_locations,
+    read_samples,
+)
 from storage.descriptors import SCHEMA_VERSION as DESCRIPTORS_SCHEMA
 from storage.descriptors import (
     Descriptors,
@@ -162,7 +170,7 @@ def search_shards(
 
     Raises: TooManyBadSamples, MissingShard, CorruptShard.
     """
-    corpus = load_corpus(store, specification.inputs["corpus"])
+    corpus = cached_corpus(store, specification.inputs["corpus"])
     locations = load_locations(store, corpus.digest)
     threshold = specification.settings["leak_guard"]["threshold"]
     for stem in stems:

@@ -13,7 +13,14 @@ from storage.addresses import (
     settings_of,
     sha256_hex,
 )
-from storage.corpus import Corpus, Shard, load_corpus, load_locations, read_samples
+from storage.corpus import (
+    Corpus,
+    Shard,
+    cached_corpus,
+    load_corpus,
+    load_locations,
+    read_samples,
+)
 from storage.damaged_predictions import Verification, read_whole_record
 from storage.manifest import (
     InputReference,
@@ -193,7 +200,7 @@ def label_shards(
 
     Raises: TooManyBadSamples, MissingShard, CorruptShard.
     """
-    corpus = load_corpus(store, corpus_digest)
+    corpus = cached_corpus(store, corpus_digest)
     locations = load_locations(store, corpus_digest)
     truth = _Truth(corpus, ensemble.class_names)
 

@@ -41,7 +41,7 @@ def _timed_shards(label_shards: Callable[..., Iterator[int]]) -> Callable[..., I
 
 
 if __name__ == "__main__":
-    labeling.load_corpus = _timed(labeling.load_corpus, "corpus")
+    labeling.cached_corpus = _timed(labeling.cached_corpus, "corpus")
     labeling.load_locations = _timed(labeling.load_locations, "corpus")
     label_jobs.labeling.label_shards = _timed_shards(labeling.label_shards)
     code = main()

@@ -15,6 +15,7 @@ from storage.corpus import (
     EmptyCorpus,
     MissingShard,
     Shard,
+    cached_corpus,
     corpus_digest,
     load_corpus,
     load_locations,
@@ -119,6 +120,23 @@ def test_stored_corpus_reads_back_equal(tmp_path):
     save_corpus(store, corpus, {"a": "/d/a.tar", "b": "s3://x/b.tar"})
     assert load_corpus(store, corpus.digest) == corpus
     assert load_locations(store, corpus.digest) == {"a": "/d/a.tar", "b": "s3://x/b.tar"}
+
+
+def test_a_cached_corpus_is_read_once_and_is_the_one_asked_for(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    one, two = Corpus.of([A, B]), Corpus.of([A, C])
+    for corpus in (one, two):
+        save_corpus(store, corpus, {shard.stem: f"/{shard.stem}.tar" for shard in corpus.shards})
+    read = []
+    monkeypatch.setattr(
+        "storage.corpus.load_corpus",
+        lambda store, digest: read.append(digest) or load_corpus(store, digest),
+    )
+
+    found = [cached_corpus(store, digest) for digest in (one.digest, one.digest, two.digest)]
+
+    assert found == [one, one, two]
+    assert read == [one.digest, two.digest]
 
 
 def test_moved_shards_change_the_locations_and_nothing_else(tmp_path):
