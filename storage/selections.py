@@ -122,13 +122,12 @@ class Selection:
         """
         n = len(keys)
         kept = reason == Reason.KEPT
-        rest = np.zeros(n, np.float32)
+        rest, offsets = np.zeros(n, np.float32), np.zeros(n + 1, np.int64)
         if log_probs is None:
-            lengths = np.zeros(n, np.int64)
             ids, values = np.zeros(0, np.uint32), np.zeros(0, np.float16)
         else:
             width = log_probs.shape[1]
-            lengths = np.where(kept, width, 0)
+            np.cumsum(np.where(kept, width, 0), out=offsets[1:])
             if class_ids is None:
                 ids = np.tile(np.arange(width, dtype=np.uint32), int(kept.sum()))
             else:
@@ -140,10 +139,10 @@ class Selection:
             keys=keys if isinstance(keys, KeyColumn) else tuple(keys),
             kept=kept,
             reason=reason.astype(np.int8),
-            copies=np.where(kept, copies, 0).astype(np.uint16),
+            copies=(copies * kept).astype(np.uint16),
             weight=np.where(kept, weight, 0).astype(np.float32),
             label=label.astype(np.uint32),
-            target_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            target_offsets=offsets,
             target_ids=ids,
             target_log_probs=values,
             rest_mass=rest,

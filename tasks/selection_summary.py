@@ -73,24 +73,27 @@ class ShardCounts:
             num_classes: C.
             item_classes: (M,) class of each selected item; None: the label of its image.
         """
-        labels, kept = selection.label.astype(np.int64), selection.kept
+        # Numbers of rows, for a mask picks them at a tenth of the speed.
+        labels, kept = selection.label.astype(np.int64), np.flatnonzero(selection.kept)
+        kept_labels, kept_copies = labels[kept], selection.copies[kept]
         if item_classes is None:
-            copies = np.bincount(labels, weights=selection.copies, minlength=num_classes)
+            copies = np.bincount(kept_labels, weights=kept_copies, minlength=num_classes)
         else:
             copies = np.bincount(item_classes, minlength=num_classes)
         reasons = np.bincount(selection.reason, minlength=len(Reason))
-        bins = np.minimum((confidences * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+        bins = (confidences * CONFIDENCE_BINS).astype(np.int64)
+        np.minimum(bins, CONFIDENCE_BINS - 1, out=bins)
         known = np.flatnonzero(true_labels >= 0)  # of an unlabelled corpus mostly none
         correct = known[labels[known] == true_labels[known]]
 
-        def by_bin(rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> NDArray[np.int64]:
+        def by_bin(rows: NDArray[np.intp] | slice) -> NDArray[np.int64]:
             return np.bincount(bins[rows], minlength=CONFIDENCE_BINS).astype(np.int64)
 
         kept_by_bin = by_bin(kept)
         return cls(
             quality=pseudo_label_quality(labels, true_labels, selection.copies),
             predicted=np.bincount(labels, minlength=num_classes),
-            unique=np.bincount(labels[kept], minlength=num_classes),
+            unique=np.bincount(kept_labels, minlength=num_classes),
             copies=copies.astype(np.int64),
             reasons={reason.name.lower(): int(reasons[reason]) for reason in Reason},
             kept_by_confidence=kept_by_bin,

@@ -276,7 +276,7 @@ def assign_copies(
             assert_never(plan)
     if not callable(uniforms):
         return randomly_rounded(expected, uniforms)
-    rows = np.flatnonzero(expected % 1)
+    rows = np.flatnonzero(expected != np.floor(expected))
     copies = expected.astype(np.uint16)
     copies[rows] = randomly_rounded(expected[rows], uniforms(rows))
     return copies

@@ -1,6 +1,7 @@
 """Exactly the k most confident of each class, in memory that does not grow with the corpus."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,11 @@ class TopKPlan:
     last_keys: tuple[str | None, ...]
     expected_copies: NDArray[np.float64]
     is_capped: NDArray[np.bool_]
+
+    @cached_property
+    def has_key(self) -> NDArray[np.bool_]:
+        """In which classes a key decides, (C,)."""
+        return np.array([key is not None for key in self.last_keys])
 
     def thresholds(self, floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
         """The confidence from which on each class is kept, (C,), never below the `floor`."""
@@ -243,11 +249,10 @@ def top_k_expected_copies(
     exact = confidences.astype(np.float64)
     last = plan.last_confidences[labels]
     is_kept = exact >= last
-    has_key = np.array([key is not None for key in plan.last_keys])
-    if has_key.any():
-        tied = np.flatnonzero((exact == last) & has_key[labels])
+    if plan.has_key.any():
+        tied = np.flatnonzero((exact == last) & plan.has_key[labels])
         for row, key in zip(tied.tolist(), keys(tied).tolist(), strict=True):
             last_key = plan.last_keys[int(labels[row])]
             assert last_key is not None, "has_key"
             is_kept[row] = key <= last_key
-    return np.where(is_kept, plan.expected_copies[labels], 0.0)
+    return plan.expected_copies[labels] * is_kept
