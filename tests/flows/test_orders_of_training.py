@@ -259,7 +259,7 @@ def _slow(recipe: str, changes: tuple[str, ...]) -> Any:
         ("supervised", ()),
         ("fixmatch_online", ()),
         ("noisy_student", ("student.ladder=[]", *LOW_BAR)),
-        ("billion_scale", ("student.finetune.duration={steps: 2}", *LOW_BAR)),
+        _slow("billion_scale", ("student.finetune.duration={steps: 2}", *LOW_BAR)),
         _slow("distillation", ()),
         _slow("noisy_student_topk", ("student.ladder=[]", *LOW_BAR)),
         _slow("fixmatch_offline", LOW_BAR),

@@ -55,6 +55,7 @@ def test_deployed_config_is_valid_and_has_no_store_of_its_own() -> None:
     assert nightly["schedules"][0]["active"] is False, "deploying must not start trainings"
 
 
+@pytest.mark.slow
 def test_prefect_file_is_deployed_as_written(prefect_api: str) -> None:
     _prefect("work-pool", "create", "selftrain", "--type", "process", cwd=ROOT)
     _prefect("--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all", cwd=ROOT)
@@ -144,6 +145,7 @@ def test_deployed_config_runs_on_its_schedule_in_a_worker_under_a_name_of_its_ow
     assert {stage["state"] for one in rounds for stage in one.stages} == {"reused"}
 
 
+@pytest.mark.slow
 def test_gpus_of_a_pool_are_a_limit_that_is_kept_up_to_date(prefect_api: str) -> None:
     with _client(prefect_api) as api:
         for gpus in (2, 8):
