@@ -4,9 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast, overload
 
 import numpy as np
-
-# What `take` imports when it is first called: a quarter of a second, in which other threads wait.
-import pyarrow.compute  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
 from numpy.typing import NDArray
 
 from storage.parquet_files import arrow

@@ -51,14 +51,11 @@ SCHEMA: Any = arrow.schema(
     ],
     metadata={"selftrain.selection": str(SCHEMA_VERSION)},
 )
+_SCALARS = ("kept", "reason", "copies", "weight", "label", "rest_mass")
 # LZ4 takes half the time of zstd and twice the bytes, but for keys, which it leaves nine times as
 # long, and for soft targets, which are most of their file. A higher level saves nothing.
 _LEVELS = {"key": 1, "target_ids.list.element": 1, "target_log_probs.list.element": 1}
-_COMPRESSION = {
-    **{field.name: "lz4" for field in SCHEMA},
-    **dict.fromkeys(_LEVELS, "zstd"),
-}
-_SCALARS = ("kept", "reason", "copies", "weight", "label", "rest_mass")
+_COMPRESSION = dict.fromkeys(_SCALARS, "lz4") | dict.fromkeys(_LEVELS, "zstd")
 
 
 @dataclass(frozen=True, slots=True)

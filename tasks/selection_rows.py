@@ -143,9 +143,15 @@ class Rows:
             labels, confidences = calibration.labels_and_confidences(
                 labels, confidences, *columns.probabilities()
             )
+
+        def keys() -> KeyColumn:
+            if "key" not in found:
+                found.update(columns.read(["key"]))
+            return found["key"]
+
         turned_down = inputs.gates.reasons(
             stem,
-            keys=lambda: found["key"] if "key" in found else columns.read(["key"])["key"],
+            keys=keys,
             outputs=lambda: outputs_of(columns),
         )
         return cls(

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute  # noqa: F401  (the first `take` imports it; before the clock, as libraries)
+
 from benchmarks.references.selection_data import CLASS_NAMES, Problem, labeling_of
 from benchmarks.references.selection_process import cpu_seconds, peak_bytes
 from storage.corpus import load_corpus
