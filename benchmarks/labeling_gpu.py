@@ -35,7 +35,7 @@ _BATCH_SIZES = (64, 128, 256, 400, 1024)
 
 def main() -> None:
     parser = benchmark_parser(__doc__, quick="10 shards")
-    parser.add_argument("--shards", type=int, default=500, help=f"of {_SHARD_SIZE} photographs")
+    parser.add_argument("--shards", type=int, default=1000, help=f"of {_SHARD_SIZE} photographs")
     parser.add_argument(
         "--photographs", type=Path, default=PHOTOGRAPHS, help="archive that is replicated"
     )

@@ -8,7 +8,7 @@ from typing import Any, assert_never
 from prefect.task_runners import TaskRunner
 
 from flows.engine_config import DaskEngine, EngineConfig, LocalEngine, RayEngine
-from tasks.devices import DeviceChoice, visible_gpus, wants_cuda
+from tasks.devices import DeviceChoice, DeviceType, visible_gpus, wants_cuda
 from tasks.label_processes import DEATHS_AT_ONE_SHARD
 
 
@@ -25,7 +25,7 @@ class WorkersLost(RuntimeError):
 _LOST = {"KilledWorker", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError"}
 
 
-def device_of(engine: EngineConfig, device: DeviceChoice) -> DeviceChoice:
+def device_of(engine: EngineConfig, device: DeviceChoice) -> DeviceType:
     """Return the type of device, `cpu` or `cuda`, that all workers of the engine compute on.
 
     Raises: ValueError where CUDA is asked for and is not there, or a cluster contradicts it.

@@ -182,7 +182,12 @@ def _label_all(
 ) -> int:
     """Label the shards; return how many workers did."""
     with _running(engine, job, missing, progress) as running:
-        groups = group_shards(missing, job.config.shards_per_task, num_workers=running.num_workers)
+        groups = group_shards(
+            missing,
+            job.config.shards_per_task,
+            num_workers=running.num_workers,
+            device=job.device,
+        )
         get_run_logger().info(
             "%d shards in %d groups for %d workers of engine %s on %s",
             len(missing),

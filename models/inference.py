@@ -80,24 +80,32 @@ def _as_precise(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def log_probabilities(network: InferenceNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+def log_probabilities(
+    network: InferenceNetwork, images: Tensor, *, num_images: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of images.
 
     Args:
         network: made ready once for many batches.
         images: (B, 3, H, W), uint8 or float in [0, 1], on the network's device.
+        num_images: how many of them are meant, where others fill up the batch behind them.
     Returns: (B, C) float32 log-probabilities, and (B,) float32 logsumexp of the logits; their sum
         is the logits.
     Raises: ValueError if a logit is not finite.
     """
     with torch.inference_mode():
-        logits: Tensor = network(images)  # (B, C)
+        logits: Tensor = network(images)[:num_images]  # (B, C)
         log_sums = torch.logsumexp(logits, dim=1)  # (B, C) -> (B,)
         log_probs = torch.log_softmax(logits, dim=1)
         is_finite = torch.isfinite(log_sums)
+        if logits.is_cuda:
+            # Waits asleep, where reading a result would wait with a busy core: one that decodes.
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+            done.synchronize()
         if not bool(is_finite.all()):
             raise ValueError(
-                f"logits of {int((~is_finite).sum())} of {len(images)} images are not finite "
+                f"logits of {int((~is_finite).sum())} of {len(logits)} images are not finite "
                 f"(first: row {int((~is_finite).int().argmax())}): "
                 "the model is broken, or precision is too low for it"
             )

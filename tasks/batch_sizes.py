@@ -20,6 +20,9 @@ _LIVE_OUTPUTS = 4
 a branch beside it, and what a convolution needs to compute it."""
 _GPU_BOUNDS = (16, 1024)
 _GPU_STEP = 8
+_GPU_SHAPES = 8
+"""Sizes that batches on a GPU have: of each the libraries choose kernels anew, and compile some,
+two seconds in EfficientNet-B0."""
 _GPU_SHARE = 0.8  # of the free memory; the rest is for fragments and others
 
 
@@ -27,8 +30,8 @@ def find_batch_size(device: torch.device, predict: Callable[[int], object]) -> i
     """Return the batch size that is taken where nobody asked for one.
 
     On a CPU it follows from the network's largest activation of one image, and is halved until its
-    activations fit into a core's share of the free memory. On a GPU a few batches of growing size
-    are predicted, and the largest power of two is taken that fits.
+    activations fit into a core's share of the free memory. On a GPU one small batch is predicted,
+    and larger ones where that leaves a doubt, and the largest power of two is taken that fits.
 
     Args:
         device: where to compute.
@@ -68,7 +71,8 @@ def fast_on_a_cpu(largest_output: int) -> int:
 def largest_fitting(peak_bytes: Callable[[int], int], free_bytes: int) -> int:
     """Return the largest power of two that, by what smaller batches took, stays within the memory.
 
-    Few sizes are tried, since a GPU's libraries take seconds to choose the kernels of each.
+    Few sizes are tried, since a GPU's libraries take seconds to choose the kernels of each; one
+    that would take but half of what it may is not.
 
     Args:
         peak_bytes: what a batch takes while it is computed.
@@ -78,9 +82,20 @@ def largest_fitting(peak_bytes: Callable[[int], int], free_bytes: int) -> int:
     while True:
         images = int(_GPU_SHARE * free_bytes * batch_size / max(1, peak_bytes(batch_size)))
         fitting = min(max(1 << images.bit_length() >> 1, _GPU_BOUNDS[0]), largest)
-        if fitting <= batch_size:
+        if fitting <= batch_size or fitting <= images // 2:
             return fitting
         batch_size = min(fitting, _GPU_STEP * batch_size)
+
+
+def filled_size(num_images: int, batch_size: int) -> int:
+    """Return the size to which a batch on a GPU is filled up: one of eight, or of fewer.
+
+    Args:
+        num_images: in the batch; shards end with any number of them.
+        batch_size: of a whole one.
+    """
+    step = max(batch_size // _GPU_SHAPES, _GPU_BOUNDS[0])
+    return min(-(-num_images // step) * step, batch_size)
 
 
 def halved_to_fit(batch_size: int, bytes_per_image: int, free_bytes: float) -> int:

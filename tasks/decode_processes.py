@@ -4,12 +4,11 @@ Threads of one process stand in each other's way (Python's lock): sixteen of the
 what sixteen processes do.
 """
 
-import multiprocessing
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing import forkserver
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from storage.samples import RawSample, in_shard_key
+from tasks.decode_server import CONTEXT, start_decode_server
 from tasks.decoding import DecodedBatch, cut_into_batches, decoded_views
 from tasks.images import BadImage
 from tasks.teacher_views import TeacherViews
 from tasks.view_batches import OpenShard, ViewBatch, sorted_out
 
-# Forks of a process that has a GPU and threads may hang; those of a server that has neither do not.
-_CONTEXT = "forkserver"
 _CHUNK = 32
 """Samples that a process is sent at a time; batches are put together of them."""
 _CHUNKS_AHEAD = 2
@@ -38,6 +36,7 @@ class _Chunk:
     """Some samples of a batch, with bytes of their own, as they are sent.
 
     Attributes:
+        number: of the chunk, among all that are sent.
         shard: digest of their shard.
         stem: of their shard.
         start: place of the first one in the batch.
@@ -45,6 +44,7 @@ class _Chunk:
         is_last: of the batch.
     """
 
+    number: int
     shard: str
     stem: str
     start: int
@@ -55,6 +55,7 @@ class _Chunk:
 class _Decoded(NamedTuple):
     """What comes back: reasons by place in the batch, and T * V tensors of the other samples."""
 
+    number: int
     bad: dict[int, str]
     views: tuple[Tensor, ...]
     is_last: bool
@@ -81,14 +82,7 @@ class _Decoder(Dataset[_Decoded]):
             ]
         )
         reasons = {chunk.start + i: str(error) for i, error in bad.items()}
-        return _Decoded(reasons, views, chunk.is_last)
-
-
-def prepare_processes() -> None:
-    """Start the server of processes, which imports torch meanwhile; a second call does nothing."""
-    context: Any = multiprocessing.get_context(_CONTEXT)
-    context.set_forkserver_preload(["__main__", __name__])
-    forkserver.ensure_running()
+        return _Decoded(chunk.number, reasons, views, chunk.is_last)
 
 
 def view_batches_from_processes(
@@ -112,11 +106,13 @@ def view_batches_from_processes(
     sent: deque[DecodedBatch[OpenShard]] = deque()
 
     def chunks() -> Iterator[_Chunk]:
+        numbers = count()
         for batch in cut_into_batches(shards, batch_size):
             sent.append(batch)
             starts = range(0, max(len(batch.samples), 1), _CHUNK)
             for start in starts:
                 yield _Chunk(
+                    next(numbers),
                     batch.shard.digest,
                     batch.shard.budget.stem,
                     start,
@@ -128,7 +124,7 @@ def view_batches_from_processes(
     pool = _pool(views, processes)
     is_done = False
     try:
-        for part in _received(pool, chunks()):
+        for part in _in_order(_received(pool, chunks())):
             parts.append(part)
             if part.is_last:
                 bad = {i: BadImage(why) for one in parts for i, why in one.bad.items()}
@@ -140,6 +136,17 @@ def view_batches_from_processes(
     finally:
         if not is_done:  # what its processes still work on is nobody's
             _pool.cache_clear()
+
+
+def _in_order(parts: Iterable[_Decoded]) -> Iterator[_Decoded]:
+    """Yield parts by number; those that come too early wait."""
+    early: dict[int, _Decoded] = {}
+    wanted = 0
+    for part in parts:
+        early[part.number] = part
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
 
 
 def _received(pool: "_Pool", chunks: Iterator[_Chunk]) -> Iterator[_Decoded]:
@@ -169,7 +176,7 @@ class _Pool:
     """Processes that decode, and live on from one group of shards to the next."""
 
     def __init__(self, views: TeacherViews, processes: int) -> None:
-        prepare_processes()
+        start_decode_server()
         self._chunks = _Chunks()
         self._loader: Any = DataLoader(
             _Decoder(views),
@@ -178,12 +185,15 @@ class _Pool:
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType] (a chunk is no list)
             num_workers=processes,
             prefetch_factor=_CHUNKS_AHEAD,
-            multiprocessing_context=_CONTEXT,
+            # Whoever is done gets the next chunk. In turn all would wait for the slowest, such as
+            # one that shares its core with this process.
+            in_order=False,
+            multiprocessing_context=CONTEXT,
             persistent_workers=True,
         )
 
     def decode(self, chunks: Iterator[_Chunk]) -> Iterator[_Decoded]:
-        """Yield what becomes of the chunks, in order."""
+        """Yield what becomes of the chunks, as they are done."""
         self._chunks.source = chunks
         return iter(self._loader)
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+DeviceType = Literal["cpu", "cuda"]
 
 
 def resolve_device(choice: DeviceChoice) -> torch.device:

@@ -15,6 +15,7 @@ from models.mc_dropout import dropout_passes
 from models.randomness import derive_seed
 from models.views import check_views, view_sizes
 from storage.store import Store
+from tasks.batch_sizes import filled_size
 from tasks.classifiers import (
     StoredClassifier,
     load_classifier,
@@ -83,13 +84,16 @@ class Ensemble:
             self.config.view, tuple(Shown.of(one.description) for one in self.teachers)
         )
 
-    def predict(self, views: Sequence[Tensor], *, shard: str, batch: int) -> BatchPrediction:
+    def predict(
+        self, views: Sequence[Tensor], *, shard: str, batch: int, batch_size: int = 0
+    ) -> BatchPrediction:
         """Predict a batch.
 
         Args:
             views: T * V tensors (B, S, S, 3) uint8, in the order of `views`.
             shard: digest of the shard.
             batch: which of the shard's batches it is; with `shard` it settles what dropout drops.
+            batch_size: of a whole batch; on a GPU others are filled up to one of a few sizes.
         """
         log_probs: list[NDArray[np.float32]] = []
         log_sums: list[NDArray[np.float32]] = []
@@ -97,7 +101,12 @@ class Ensemble:
         for slot, images in enumerate(views):
             teacher = slot // num_views
             with self._dropout(teacher, slot, shard=shard, batch=batch):
-                probs, sums = forward(images, self.teachers[teacher], self.config.precision)
+                probs, sums = forward(
+                    images,
+                    self.teachers[teacher],
+                    self.config.precision,
+                    filled_to=self._filled_size(len(images), batch_size),
+                )
             log_probs.append(probs)
             log_sums.append(sums)
         if self._is_single:
@@ -133,6 +142,13 @@ class Ensemble:
             parts = [getattr(batch, one.name) for batch in batches]
             together[one.name] = None if empty is None else np.concatenate([empty, *parts])
         return BatchPrediction(**together)  # pyright: ignore[reportArgumentType] (None as above)
+
+    def _filled_size(self, num_images: int, batch_size: int) -> int:
+        # Dropout would draw for the images that fill it up, too, and drop other units of the rest.
+        is_dropping = isinstance(self.config.uncertainty, McDropoutConfig)
+        if self.device.type != "cuda" or is_dropping or not batch_size:
+            return num_images
+        return filled_size(num_images, batch_size)
 
     def _dropout(
         self, teacher: int, slot: int, *, shard: str, batch: int
@@ -200,16 +216,24 @@ def _trained_dropout(store: Store, model: str) -> float:
 
 
 def forward(
-    views: Tensor, classifier: StoredClassifier, precision: Precision
+    views: Tensor, classifier: StoredClassifier, precision: Precision, *, filled_to: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return (B, C) log-probabilities and (B,) logsumexp of B views (B, S, S, 3) uint8.
 
-    Under `dropout_passes` there are P * B rows.
+    Under `dropout_passes` there are P * B rows. The network is given `filled_to` images where these
+    are more; the additional ones are copies of the last.
     """
     is_remote = classifier.device.type == "cuda"
     if is_remote and not views.is_pinned():
         views = views.pin_memory()
-    # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy on the way to the device.
-    images = views.permute(0, 3, 1, 2).to(classifier.device, non_blocking=is_remote)
-    log_probs, log_sums = log_probabilities(classifier.ready(precision), images)
+    images = views.to(classifier.device, non_blocking=is_remote)
+    if filled_to > len(views):
+        copies = images[-1:].expand(filled_to - len(views), *images.shape[1:])
+        images = torch.cat([images, copies])
+    # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy.
+    log_probs, log_sums = log_probabilities(
+        classifier.ready(precision),
+        images.permute(0, 3, 1, 2),
+        num_images=len(views) if filled_to > len(views) else None,
+    )
     return log_probs.cpu().numpy(), log_sums.cpu().numpy()

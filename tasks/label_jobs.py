@@ -11,8 +11,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from storage.store import open_store
 from tasks import labeling
-from tasks.decode_processes import prepare_processes
-from tasks.devices import DeviceChoice, gpus_of_machine, resolve_device, threads_of_labeler
+from tasks.devices import DeviceType, gpus_of_machine, resolve_device, threads_of_labeler
 from tasks.ensembles import Ensemble, load_ensemble
 from tasks.labeling_config import LabelingConfig
 from tasks.predicting import Cut
@@ -29,7 +28,7 @@ class LabelJob:
         models: fingerprints of the teachers.
         class_names: label space in the run's order.
         config: how to label.
-        device: where to compute; not `auto`, so that all workers compute on one type.
+        device: where to compute.
         max_bad_samples: undecodable images that a shard may hold.
         cut: how the top_k form is cut and calibrated; None: the full form.
     """
@@ -42,7 +41,7 @@ class LabelJob:
     models: tuple[str, ...]
     class_names: tuple[str, ...]
     config: LabelingConfig
-    device: DeviceChoice
+    device: DeviceType
     max_bad_samples: int
     cut: Cut | None
 
@@ -66,8 +65,6 @@ def label_group(job: LabelJob, stems: Sequence[str], *, decode_processes: int = 
     `decode_processes` of this process's children decode; 0: threads of its own do.
     """
     store = open_store(job.store)
-    if decode_processes:
-        prepare_processes()  # while the models are loaded
     ensemble = _ensemble(job)
 
     def predict(batch_size: int) -> object:

@@ -86,7 +86,7 @@ class WorkerProcesses:
 
         Args:
             num_workers: how many at most.
-            threads: CPU threads of each.
+            threads: CPU threads of each, or beside a GPU processes that decode for it.
             gpus: as CUDA_VISIBLE_DEVICES names them, one for each worker; none: on the CPU.
         """
         assert not gpus or len(gpus) >= num_workers, "refused by whoever counted"
@@ -98,9 +98,13 @@ class WorkerProcesses:
         for slot in range(num_workers):
             self._free.put(slot)
         self._environments = [
-            _environment(threads, gpus[i] if gpus else "") for i in range(num_workers)
+            _environment(1 if gpus else threads, gpus[i] if gpus else "")
+            for i in range(num_workers)
         ]
-        self._threads = threads
+        # Beside a GPU the cores are for decoding, by processes of each worker's own.
+        self._options = (
+            ["--threads", "1", "--decoders", str(threads)] if gpus else ["--threads", str(threads)]
+        )
         # Children die with the thread that forked them (PR_SET_PDEATHSIG): all are forked by this
         # one, which lives until `close`.
         self._forking = ThreadPoolExecutor(1, thread_name_prefix="fork-label-workers")
@@ -171,7 +175,7 @@ class WorkerProcesses:
             if self._stopping.is_set():
                 raise LabelingStopped("stopped before this group began")
             self._running[slot] = self._forking.submit(
-                _Worker, self._threads, self._environments[slot]
+                _Worker, self._options, self._environments[slot]
             ).result()
             return self._running[slot]
 
@@ -203,7 +207,7 @@ LocalWorkers = ThisProcess | WorkerProcesses
 class _Worker:
     """One worker process and the pipes to it."""
 
-    def __init__(self, threads: int, environment: dict[str, str]) -> None:
+    def __init__(self, options: Sequence[str], environment: dict[str, str]) -> None:
         self._ending = threading.Lock()
         self._is_ended = False
         # Output goes to a file: a pipe that nobody empties would block the worker.
@@ -211,7 +215,7 @@ class _Worker:
             prefix="selftrain-label-worker-"
         )
         self._process = subprocess.Popen(
-            [*_COMMAND, "--threads", str(threads)],
+            [*_COMMAND, *options],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

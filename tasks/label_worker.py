@@ -14,10 +14,8 @@ import sys
 import traceback
 from typing import Any, TextIO
 
-import torch
-
+from tasks.decode_server import start_decode_server
 from tasks.kept_memory import keep_freed_memory
-from tasks.label_jobs import LabelJob, label_group
 
 # What the user's input or the computation itself causes comes back on every try.
 REFUSALS = (ValueError, TypeError, KeyError, FileNotFoundError, PermissionError)
@@ -27,11 +25,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until stdin ends; after SIGTERM a group ends with its shard in progress."""
     parser = argparse.ArgumentParser(prog="python -m tasks.label_worker", description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    threads = parser.parse_args(arguments).threads
+    parser.add_argument(
+        "--decoders", type=int, default=0, help="processes that decode beside a GPU"
+    )
+    options = parser.parse_args(arguments)
     keep_freed_memory()
     # Stdout is the parent's: nothing that a library prints may get in between.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    if options.decoders:
+        start_decode_server()
+    # Now, for these import torch, and so does the server: they do it at the same time.
+    import torch
+
+    from tasks.label_jobs import LabelJob, label_group
+
+    torch.set_num_threads(options.threads)
     is_stopping = False
 
     def stop(signum: int, frame: object) -> None:
@@ -44,10 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         order = json.loads(line)
         try:
             job = LabelJob.from_json(order["job"])
-            # Beside a GPU these threads are processes that decode.
-            decoders = threads if job.device == "cuda" else 0
-            torch.set_num_threads(1 if decoders else threads)
-            for num_samples in label_group(job, order["stems"], decode_processes=decoders):
+            stems, decoders = order["stems"], options.decoders
+            for num_samples in label_group(job, stems, decode_processes=decoders):
                 _answer(answers, {"done": num_samples})
                 if is_stopping:
                     break

@@ -136,8 +136,14 @@ def predict_shards(
             batch.shard.budget.spend(key, error)
         kept.extend(batch.samples)
         if batch.views:
-            views, shard = batch.views, batch.shard.digest
-            predicted.append(ensemble.predict(views, shard=shard, batch=batch.number))
+            predicted.append(
+                ensemble.predict(
+                    batch.views,
+                    shard=batch.shard.digest,
+                    batch=batch.number,
+                    batch_size=batch_size,
+                )
+            )
         if batch.is_last:
             yield batch.shard, _joined(batch.shard, kept, ensemble.joined(predicted))
             kept, predicted = [], []

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from storage.corpus import Shard
+from tasks.devices import DeviceType
 
 MAX_GROUPS = 100
 
-# Images of a group: minutes at the hundreds of images that a core labels a second, and a part of
-# one at the thousands of a GPU.
-_IMAGES_PER_GROUP = 20_000
+_IMAGES_PER_GROUP = {"cpu": 20_000, "cuda": 250_000}
+"""Minutes at the hundreds of images that a core labels a second, and at the thousands of a GPU. At
+the end of a group a GPU waits for the next one's first images, half a second."""
 # With so many a worker they can shrink all the way, the first half of the work being handed out in
 # the first round.
 _GROUPS_PER_WORKER = 4
@@ -24,7 +25,11 @@ def work_of(shards: Sequence[Shard]) -> float:
 
 
 def group_shards(
-    shards: Sequence[Shard], shards_per_task: int | Literal["auto"], *, num_workers: int
+    shards: Sequence[Shard],
+    shards_per_task: int | Literal["auto"],
+    *,
+    num_workers: int,
+    device: DeviceType = "cpu",
 ) -> list[list[Shard]]:
     """Cut the shards into groups, in order.
 
@@ -35,12 +40,13 @@ def group_shards(
             several workers they shrink evenly from twice the mean to little, so that none waits
             long for another's last group.
         num_workers: how many groups are labelled at a time.
+        device: that each worker computes on.
     Source: Tzen and Ni 1993, trapezoid self-scheduling.
     """
     if shards_per_task != "auto":
         size = shards_per_task
         return [list(shards[start : start + size]) for start in range(0, len(shards), size)]
-    wanted = max(-(-work_of(shards) // _IMAGES_PER_GROUP), _few_for_each(num_workers))
+    wanted = max(-(-work_of(shards) // _IMAGES_PER_GROUP[device]), _few_for_each(num_workers))
     num_groups = min(int(wanted), max(MAX_GROUPS, num_workers), len(shards))
     return _groups_in_proportion(shards, _proportions(num_groups, num_workers))
 

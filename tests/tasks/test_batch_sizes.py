@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks import batch_sizes
 from tasks.batch_sizes import (
     available_bytes,
     fast_on_a_cpu,
+    filled_size,
     find_batch_size,
     halved_to_fit,
     largest_fitting,
@@ -49,6 +52,42 @@ def test_a_gpus_batch_is_the_largest_power_of_two_that_fits(free_bytes, expected
     assert largest_fitting(peak_bytes, free_bytes) == expected
     assert all(10 * batch_size <= max(free_bytes, 160) for batch_size in tried)
     assert len(tried) <= 3, "of each size the kernels are chosen anew"
+
+
+def test_a_gpus_largest_batch_is_not_tried_where_it_would_take_half_of_what_it_may():
+    tried = []
+
+    def peak_bytes(batch_size):
+        tried.append(batch_size)
+        return 10 * batch_size
+
+    assert largest_fitting(peak_bytes, 25_600) == 1024  # 0.8 of them are 2,048 images'
+    assert tried == [16]
+    assert largest_fitting(peak_bytes, 25_500) == 1024
+    assert tried[1:] == [16, 128, 1024]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_images", "expected"),
+    [
+        (1024, 1024, 1024),
+        (1024, 1, 128),
+        (1024, 400, 512),
+        (100, 100, 100),
+        (100, 97, 100),
+        (100, 17, 32),
+        (8, 3, 8),
+    ],
+)
+def test_batches_are_filled_up_to_few_sizes(batch_size, num_images, expected):
+    assert filled_size(num_images, batch_size) == expected
+
+
+@given(st.integers(1, 4096))
+def test_a_filled_batch_has_one_of_eight_sizes_and_room_for_all(batch_size):
+    sizes = [filled_size(count, batch_size) for count in range(1, batch_size + 1)]
+    assert len(set(sizes)) <= 8 + (batch_size % 8 != 0)
+    assert all(count <= size <= batch_size for count, size in enumerate(sizes, start=1))
 
 
 def test_a_gpus_batch_that_takes_more_than_its_share_is_not_kept():

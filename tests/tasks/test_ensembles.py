@@ -23,7 +23,7 @@ from models.views import (
 )
 from storage.predictions import from_parquet, to_parquet
 from storage.samples import RawSample
-from tasks.ensembles import Ensemble, load_ensemble
+from tasks.ensembles import Ensemble, forward, load_ensemble
 from tasks.images import clean_view
 from tasks.labeling_config import LabelingConfig
 from tasks.predicting import predict_samples
@@ -243,3 +243,18 @@ def test_deviation_and_votes_are_stored(samples, teacher, count):
     assert found.optional == ("uncertainty", "agreement")
     np.testing.assert_array_equal(read.uncertainty, found.uncertainty)
     np.testing.assert_array_equal(read.agreement, found.agreement)
+
+
+def test_images_that_fill_up_a_batch_are_seen_by_the_network_alone(teacher):
+    views = torch.from_numpy(np.stack([pixels_of(i, size=8) for i in range(3)]).astype(np.uint8))
+    expected = forward(views, teacher, "fp32")
+    shapes = []
+    network = teacher.ready("fp32")
+    handle = network.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+    try:
+        found = forward(views, teacher, "fp32", filled_to=5)
+    finally:
+        handle.remove()
+    assert shapes == [(5, 3, 8, 8)]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

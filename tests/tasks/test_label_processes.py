@@ -255,7 +255,8 @@ def test_workers_that_have_nothing_to_do_end_side_by_side(
 def test_each_worker_sees_one_gpu_and_workers_on_the_cpu_see_none() -> None:
     workers = WorkerProcesses(2, threads=3, gpus=["2", "MIG-7"])
     assert [e["CUDA_VISIBLE_DEVICES"] for e in workers._environments] == ["2", "MIG-7"]
-    assert workers._environments[0]["OMP_NUM_THREADS"] == "3"
+    assert workers._environments[0]["OMP_NUM_THREADS"] == "1"
+    assert workers._options == ["--threads", "1", "--decoders", "3"]
     workers.close()
     workers = WorkerProcesses(1, threads=1)
     assert workers._environments[0]["CUDA_VISIBLE_DEVICES"] == ""

@@ -76,6 +76,25 @@ def test_labels_are_those_of_the_cpu(lab, precision, tolerance):
     np.testing.assert_allclose(confidence, reference, atol=tolerance)
 
 
+def test_shards_of_any_size_take_batches_of_few(lab):
+    # Of each size a GPU's libraries choose and compile kernels anew.
+    classifier = load_classifier(
+        lab.store, lab.train().fingerprint, device=CUDA, class_names=lab.class_names
+    )
+    shapes = set()
+    network = classifier.ready("fp32")
+    handle = network.register_forward_pre_hook(lambda _, given: shapes.add(len(given[0])))
+    ensemble = Ensemble((classifier,), LabelingConfig(form="full"))
+    views = torch.zeros(128, 8, 8, 3, dtype=torch.uint8)
+    try:
+        for count in range(1, 129):
+            found = ensemble.predict([views[:count]], shard="5" * 64, batch=0, batch_size=128)
+            assert found.log_probs.shape == (count, len(lab.class_names))
+    finally:
+        handle.remove()
+    assert shapes == {16 * i for i in range(1, 9)}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_training_learns_in_every_precision(lab, precision):
     config = lab.config(precision=precision, duration=Duration(steps=120))

@@ -43,6 +43,13 @@ def test_groups_are_cut_by_work_and_not_by_number():
     assert groups == [[40_000]] + [[4_000] * 10] * 7
 
 
+def test_groups_of_a_gpu_are_larger():
+    shards = shards_of([10_000] * 150)  # half of 1,500,000 are 750,000 of work
+    assert (
+        sizes_of(group_shards(shards, "auto", num_workers=1, device="cuda")) == [[10_000] * 50] * 3
+    )
+
+
 def test_groups_of_several_workers_shrink_evenly():
     # Four groups for each of two workers, in the proportion of the odd numbers 15, 13, ..., 1.
     groups = group_shards(shards_of([100] * 64), "auto", num_workers=2)
