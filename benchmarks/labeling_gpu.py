@@ -30,7 +30,7 @@ from tasks.labeling import LabelingConfig
 
 _NETWORKS = ("resnet50", "efficientnet_b0")
 _SHARD_SIZE = 400
-_BATCH_SIZES = (64, 128, 256, 400, 1024)
+_BATCH_SIZES = (128, 512, 1024)
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def _efficiency(
     made: PhotographStore, name: str, folder: Path, decode: float, quick: bool
 ) -> Figure:
     forward, how = labeling_gpu_speeds.best_forward(
-        name, batch_sizes=_BATCH_SIZES, seconds=0.3 if quick else 1.5
+        name, batch_sizes=_BATCH_SIZES, seconds=0.3 if quick else 1.0
     )
     model = put_network(made.store, name, folder)
     started = time.monotonic()

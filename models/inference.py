@@ -98,11 +98,6 @@ def log_probabilities(
         log_sums = torch.logsumexp(logits, dim=1)  # (B, C) -> (B,)
         log_probs = torch.log_softmax(logits, dim=1)
         is_finite = torch.isfinite(log_sums)
-        if logits.is_cuda:
-            # Waits asleep, where reading a result would wait with a busy core: one that decodes.
-            done = torch.cuda.Event(blocking=True)
-            done.record()
-            done.synchronize()
         if not bool(is_finite.all()):
             raise ValueError(
                 f"logits of {int((~is_finite).sum())} of {len(logits)} images are not finite "

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +35,6 @@ class _Chunk:
     """Some samples of a batch, with bytes of their own, as they are sent.
 
     Attributes:
-        number: of the chunk, among all that are sent.
         shard: digest of their shard.
         stem: of their shard.
         start: place of the first one in the batch.
@@ -44,7 +42,6 @@ class _Chunk:
         is_last: of the batch.
     """
 
-    number: int
     shard: str
     stem: str
     start: int
@@ -55,7 +52,6 @@ class _Chunk:
 class _Decoded(NamedTuple):
     """What comes back: reasons by place in the batch, and T * V tensors of the other samples."""
 
-    number: int
     bad: dict[int, str]
     views: tuple[Tensor, ...]
     is_last: bool
@@ -82,7 +78,7 @@ class _Decoder(Dataset[_Decoded]):
             ]
         )
         reasons = {chunk.start + i: str(error) for i, error in bad.items()}
-        return _Decoded(chunk.number, reasons, views, chunk.is_last)
+        return _Decoded(reasons, views, chunk.is_last)
 
 
 def view_batches_from_processes(
@@ -106,13 +102,11 @@ def view_batches_from_processes(
     sent: deque[DecodedBatch[OpenShard]] = deque()
 
     def chunks() -> Iterator[_Chunk]:
-        numbers = count()
         for batch in cut_into_batches(shards, batch_size):
             sent.append(batch)
             starts = range(0, max(len(batch.samples), 1), _CHUNK)
             for start in starts:
                 yield _Chunk(
-                    next(numbers),
                     batch.shard.digest,
                     batch.shard.budget.stem,
                     start,
@@ -124,7 +118,7 @@ def view_batches_from_processes(
     pool = _pool(views, processes)
     is_done = False
     try:
-        for part in _in_order(_received(pool, chunks())):
+        for part in _received(pool, chunks()):
             parts.append(part)
             if part.is_last:
                 bad = {i: BadImage(why) for one in parts for i, why in one.bad.items()}
@@ -136,17 +130,6 @@ def view_batches_from_processes(
     finally:
         if not is_done:  # what its processes still work on is nobody's
             _pool.cache_clear()
-
-
-def _in_order(parts: Iterable[_Decoded]) -> Iterator[_Decoded]:
-    """Yield parts by number; those that come too early wait."""
-    early: dict[int, _Decoded] = {}
-    wanted = 0
-    for part in parts:
-        early[part.number] = part
-        while wanted in early:
-            yield early.pop(wanted)
-            wanted += 1
 
 
 def _received(pool: "_Pool", chunks: Iterator[_Chunk]) -> Iterator[_Decoded]:
@@ -185,15 +168,12 @@ class _Pool:
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType] (a chunk is no list)
             num_workers=processes,
             prefetch_factor=_CHUNKS_AHEAD,
-            # Whoever is done gets the next chunk. In turn all would wait for the slowest, such as
-            # one that shares its core with this process.
-            in_order=False,
             multiprocessing_context=CONTEXT,
             persistent_workers=True,
         )
 
     def decode(self, chunks: Iterator[_Chunk]) -> Iterator[_Decoded]:
-        """Yield what becomes of the chunks, as they are done."""
+        """Yield what becomes of the chunks, in order."""
         self._chunks.source = chunks
         return iter(self._loader)
 

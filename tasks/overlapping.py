@@ -1,12 +1,15 @@
 """Work that goes on in threads beside the main work: items read ahead, items written behind."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from itertools import repeat
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_NOTHING = object()
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], R], *, threads: int = 1) -> Generator[R]:
@@ -27,6 +30,15 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R], *, threads: int = 1) 
                 yield following.popleft().result()
         while following:
             yield following.popleft().result()
+
+
+def taken_ahead(items: Iterator[T]) -> Generator[T]:
+    """Yield items in order, and take the next one from a thread while this one is used."""
+    taken = read_ahead(repeat(None), lambda _: next(items, _NOTHING))
+    for item in taken:
+        if item is _NOTHING:
+            return
+        yield cast("T", item)
 
 
 def write_behind(items: Iterable[T], write: Callable[[T], R], *, threads: int = 1) -> Generator[R]:

@@ -13,6 +13,7 @@ from storage.samples import RawSample, in_shard_key
 from tasks.decode_processes import view_batches_from_processes
 from tasks.decoding import decode_threads
 from tasks.ensembles import BatchPrediction, Ensemble
+from tasks.overlapping import taken_ahead
 from tasks.shard_items import BadSampleBudget
 from tasks.view_batches import OpenShard, view_batches
 
@@ -114,12 +115,15 @@ def predict_shards(
     """
     is_beside_gpu = ensemble.device.type == "cuda"
     if decode_processes:
-        batches = view_batches_from_processes(
-            shards,
-            ensemble.views,
-            batch_size=batch_size,
-            processes=decode_processes,
-            is_pinned=is_beside_gpu,
+        # Put together while the network computes the one before.
+        batches = taken_ahead(
+            view_batches_from_processes(
+                shards,
+                ensemble.views,
+                batch_size=batch_size,
+                processes=decode_processes,
+                is_pinned=is_beside_gpu,
+            )
         )
     else:
         batches = view_batches(

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tasks.overlapping import read_ahead, write_behind
+from tasks.overlapping import read_ahead, taken_ahead, write_behind
 
 
 def test_items_come_in_order_and_one_is_read_ahead():
@@ -183,3 +183,33 @@ def test_an_error_of_one_of_several_writers_is_raised_and_the_others_finish():
         list(write_behind(make(), write, threads=3))
     assert taken == [0, 1, 2, 3]
     assert sorted(written) == [1, 2]
+
+
+def test_the_next_item_is_taken_while_one_is_used():
+    taken = []
+    second = threading.Event()
+
+    def items():
+        for item in range(3):
+            taken.append((item, threading.current_thread().name))
+            if item == 1:
+                second.set()
+            yield item
+
+    ahead = taken_ahead(items())
+    assert next(ahead) == 0
+    assert second.wait(10), "taken before it is asked for"
+    assert list(ahead) == [1, 2]
+    assert [item for item, _ in taken] == [0, 1, 2]
+    assert {name for _, name in taken} == {"read-ahead_0"}
+
+
+def test_an_error_of_taking_is_raised_where_its_item_is_due():
+    def items():
+        yield 0
+        raise OSError("gone")
+
+    ahead = taken_ahead(items())
+    assert next(ahead) == 0
+    with pytest.raises(OSError, match="gone"):
+        next(ahead)
