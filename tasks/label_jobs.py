@@ -108,10 +108,14 @@ def label_as_a_worker(job: LabelJob, stems: Sequence[str]) -> None:
 # One: the next round's teachers take the place of the last one's.
 @functools.lru_cache(maxsize=1)
 def _ensemble(job: LabelJob) -> Ensemble:
-    return load_ensemble(
+    ensemble = load_ensemble(
         open_store(job.store),
         job.models,
         job.config,
         device=resolve_device(job.device),
         class_names=job.class_names,
     )
+    for teacher in ensemble.teachers:
+        # Now, or the first batch, by which the batch size is found, would take memory for it.
+        teacher.ready(job.config.precision)
+    return ensemble

@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tasks import label_processes
-from tasks.label_jobs import LabelJob
+from tasks import label_jobs, label_processes
+from tasks.batch_sizes import largest_output_bytes
+from tasks.label_jobs import LabelJob, label_group
 from tasks.label_processes import (
     LabelingFailed,
     LabelingRefused,
@@ -123,6 +126,26 @@ def test_a_worker_labels_without_the_compiler(pipeline: Any, taught: Any) -> Non
         {"ended": "ok"},
     ]
     assert done.stderr.splitlines()[-1] == "{'torch'}", "its import would take longer than all else"
+
+
+def test_what_makes_a_network_ready_does_not_count_as_its_activations(
+    pipeline: Any, taught: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By the largest activation of the first image the batch size is found. A last layer's weights
+    # may be larger than any, and were copied then.
+    job = job_of(taught, pipeline.teacher.fingerprint, config=LabelingConfig())
+    found: list[int] = []
+
+    def find(device: torch.device, predict: Callable[[int], object]) -> int:
+        found.extend(largest_output_bytes(predict) for _ in range(2))
+        return 4
+
+    monkeypatch.setattr("tasks.labeling.find_batch_size", find)
+    label_jobs._ensemble.cache_clear()
+    list(label_group(job, stems_of(taught)[:1]))
+    label_jobs._ensemble.cache_clear()
+    first, again = found
+    assert first == again
 
 
 def test_a_stopped_worker_ends_after_its_present_shard(
