@@ -5,6 +5,7 @@ import os
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,31 @@ def resident_forward(
     return count
 
 
-def best_forward(name: str, *, batch_sizes: Sequence[int], seconds: float) -> tuple[float, str]:
-    """Return the best rate of the network alone, and how it is reached."""
-    rates: dict[str, float] = {}
-    for precision in ("fp32",) if emulates_bf16("cpu") else ("fp32", "bf16"):
-        for batch_size in batch_sizes:
-            shares = [(name, precision, batch_size, seconds)] * num_processes()
-            rate = images_per_second(resident_forward, shares)
-            rates[f"{precision}, batch {batch_size}"] = rate
-    best = max(rates, key=lambda how: rates[how])
-    return rates[best], best
+@dataclass(frozen=True)
+class Forward:
+    """How the network alone is computed.
+
+    Attributes:
+        name: of the network.
+        precision: of its weights and activations.
+        batch_size: images.
+    """
+
+    name: str
+    precision: Precision
+    batch_size: int
+
+    def rate(self, seconds: float) -> float:
+        """Return images a second, on as many processes as there are cores."""
+        share = (self.name, self.precision, self.batch_size, seconds)
+        return images_per_second(resident_forward, [share] * num_processes())
+
+    def __str__(self) -> str:
+        return f"{self.precision}, batch {self.batch_size}"
+
+
+def best_forward(name: str, *, batch_sizes: Sequence[int], seconds: float) -> Forward:
+    """Return how the network alone is fastest."""
+    precisions: tuple[Precision, ...] = ("fp32",) if emulates_bf16("cpu") else ("fp32", "bf16")
+    tried = [Forward(name, precision, size) for precision in precisions for size in batch_sizes]
+    return max(tried, key=lambda forward: forward.rate(seconds))

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,15 @@ class Labeling:
 
 
 def measure(folder: Path, num_shards: int) -> Labeling:
-    """Label so many shards in a new process, with a Prefect server of its own."""
+    """Label so many shards in a new process, with a Prefect server of its own.
+
+    What it writes is below `folder` and gone when this returns.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        return _measure(Path(own), num_shards)
+
+
+def _measure(folder: Path, num_shards: int) -> Labeling:
     # The Prefect home of the benchmark's own, so that no history of the user grows.
     environment = {
         **os.environ,
