@@ -19,13 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
-from models.near_duplicates import (
-    Matches,
-    NearDuplicatesConfig,
-    References,
-    describe,
-    find_near_duplicates,
-)
+from models.leak_guard_config import NearDuplicatesConfig
+from models.near_duplicates import Matches, References, describe, find_near_duplicates
 from tasks.guarding import thumbnail
 
 _DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -16,7 +16,7 @@ from flows.starting_weights import (
 )
 from flows.trained_models import StudentConfig, trained_teacher
 from models.finetuning import FinetuneConfig
-from models.near_duplicates import LeakGuardNoneConfig, NearDuplicatesConfig
+from models.leak_guard_config import LeakGuardNoneConfig, NearDuplicatesConfig
 from models.training import TrainingConfig
 from storage.store import Store
 from tasks import evaluation, guarding, labeling, selection

@@ -8,7 +8,7 @@ from prefect import flow, task
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from models.near_duplicates import NearDuplicatesConfig
+from models.leak_guard_config import NearDuplicatesConfig
 from storage.corpus import load_corpus
 from storage.store import Store, open_store
 from tasks import guarding

@@ -9,7 +9,7 @@ from flows.guarding import guard_corpus
 from flows.labeling import label_corpus
 from flows.mending import reading_predictions
 from flows.selection import select_pseudo_labels
-from models.near_duplicates import NearDuplicatesConfig
+from models.leak_guard_config import NearDuplicatesConfig
 from tasks.devices import DeviceChoice
 from tasks.labeling import LabelingConfig
 from tasks.selection_config import SelectionConfig

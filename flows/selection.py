@@ -11,7 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from storage.corpus import load_corpus
 from storage.store import open_store
-from tasks import gating, selection, selection_passes, selection_writing
+from tasks import selection, selection_passes, selection_writing
 from tasks.calibrating import finished_calibration
 from tasks.gating import close_gates
 from tasks.progress import Progress, report
@@ -25,7 +25,7 @@ _SHARDS_PER_TASK = 32
 _MAX_TASKS_PER_PASS = 100
 
 _NAMES: dict[Any, str] = {
-    gating.sample_outputs: "sample-outputs",
+    selection_passes.sample_outputs: "sample-outputs",
     selection_passes.sum_probabilities: "sum-probabilities",
     selection_passes.count_thresholds: "count-for-thresholds",
     selection_passes.sum_moments: "sum-for-weights",

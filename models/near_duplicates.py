@@ -11,13 +11,13 @@ few pairs that come near each other are compared again in 81 crops, which decide
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from models.leak_guard_config import CANDIDATE_SIMILARITY
 
 THUMBNAIL_SIZE = 32
 """Pixels of a side of the thumbnails that descriptors are made of: means over areas, any aspect."""
@@ -42,36 +42,8 @@ _FIRST_CUTS: tuple[tuple[_Cuts, _Cuts], ...] = (
 )
 """The whole image, its four corners and its middle: any other crop is nearly one of them."""
 
-_CANDIDATE_SIMILARITY = 0.92
 _MAX_CANDIDATES = 32  # of one image: where all references look alike, the nearest ones
 _ROWS, _COLUMNS, _PAIRS = 1024, 4096, 512  # compared at a time: a few MB each
-
-
-class LeakGuardNoneConfig(BaseModel):
-    """Look for no copies."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["none"] = "none"
-
-
-class NearDuplicatesConfig(BaseModel):
-    """Leave out images of the corpus that are copies of dev or test images."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["near_duplicates"] = "near_duplicates"
-    threshold: float = Field(
-        default=0.97,
-        ge=_CANDIDATE_SIMILARITY,
-        le=1,
-        description="Similarity from which on an image counts as a copy: the correlation of the low"
-        " frequencies, at the crop and mirroring that fit best. Below 0.96 look-alikes are dropped,"
-        " too; 1 drops nothing but exact copies.",
-    )
-
-
-LeakGuardConfig = Annotated[LeakGuardNoneConfig | NearDuplicatesConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -143,8 +115,8 @@ def find_near_duplicates(
         raise ValueError(
             f"descriptors must be (N, {NUM_COEFFICIENTS}), not {tuple(descriptors.shape)}"
         )
-    if not _CANDIDATE_SIMILARITY <= threshold <= 1:
-        raise ValueError(f"threshold must be in [{_CANDIDATE_SIMILARITY}, 1], not {threshold}")
+    if not CANDIDATE_SIMILARITY <= threshold <= 1:
+        raise ValueError(f"threshold must be in [{CANDIDATE_SIMILARITY}, 1], not {threshold}")
     searched = _unit(torch.as_tensor(descriptors.astype(np.float32)))
     rows, found, is_mirrored = _candidates(searched, references.first_crops)
     similarities = _best_similarities(searched[rows], references, found, is_mirrored)
@@ -173,7 +145,7 @@ def _candidates(
             # Mirroring turns the sign of the odd horizontal frequencies: one product does both.
             odd_part = odd_rows @ odd_crops[:, columns]
             similarities = odd_part.abs().addmm_(even_rows, even_crops[:, columns])
-            row, column = (similarities >= _CANDIDATE_SIMILARITY).nonzero(as_tuple=True)
+            row, column = (similarities >= CANDIDATE_SIMILARITY).nonzero(as_tuple=True)
             reference = (column + first) // len(_FIRST_CUTS)
             is_mirrored = odd_part[row, column] < 0
             values = (row, reference, is_mirrored, similarities[row, column])

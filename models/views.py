@@ -11,8 +11,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.architectures import ArchitectureConfig, check_architecture
+from models.draws import input_draws, key_hash_tensor
 from models.noise.crop import RandomResizedConfig, draw_boxes
-from models.randomness import Block, input_draws, key_hash_tensor
+from models.randomness import Block
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the image, right and bottom exclusive."""

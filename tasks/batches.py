@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.draws import input_draws
 from models.noise import NoiseConfig, apply_input_noise
 from models.objectives import Batch, ViewKind, build_objective
-from models.randomness import derive_seed, input_draws
+from models.randomness import derive_seed
 from models.training import TrainingConfig
 from storage.manifest import Manifest
 from storage.shard_cache import CacheConfig, ShardCache

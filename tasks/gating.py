@@ -1,6 +1,6 @@
 """The first step of a selection: close the gates, before anything is calibrated or counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from models.out_of_domain import (
     reads_corpus,
     reads_dev,
 )
-from models.randomness import Block, uniforms
 from models.top_k_probs import cut_to_top_k
 from storage.corpus import load_corpus
 from storage.manifest import Manifest
@@ -25,10 +24,11 @@ from storage.prediction_columns import PredictionColumns, PredictionReference
 from storage.predictions import prediction_record
 from storage.store import Store
 from tasks.evaluation import read_evaluation_predictions
+from tasks.guarding import read_leaks
 from tasks.selection_config import SelectionConfig
-from tasks.selection_gates import Gates, leaked_keys, outputs_of
-from tasks.selection_passes import Mapped
-from tasks.selection_rows import Rows, SelectionInputs
+from tasks.selection_gates import Gates, outputs_of
+from tasks.selection_passes import Mapped, sample_outputs
+from tasks.selection_rows import SelectionInputs
 
 _SAMPLED_ROWS = 20_000
 """Rows of the corpus that a gate is fitted on, about."""
@@ -52,7 +52,7 @@ def close_gates(
         guard: the finished leak guard, where there is one.
         mapped: runs a pass over the shards.
     """
-    inputs = replace(inputs, gates=Gates(leaked_keys(store, guard)))
+    inputs = replace(inputs, gates=Gates(_leaked_keys(store, guard)))
 
     def sample(share: float) -> Outputs:
         parts = [part for group in mapped(sample_outputs, inputs, config, share) for part in group]
@@ -72,22 +72,12 @@ def close_gates(
     return inputs.after("gate", gates=Gates(inputs.gates.leaked, gate)), facts
 
 
-def sample_outputs(
-    store: Store,
-    inputs: SelectionInputs,
-    stems: Sequence[str],
-    config: SelectionConfig,
-    share: float,
-) -> list[tuple[str, NDArray[np.float64]]]:
-    """Map: the outputs of a share of each shard's rows, as tables (M, 4) by stem."""
-    inputs.assert_next("gate")
-    found: list[tuple[str, NDArray[np.float64]]] = []
-    for stem in stems:
-        rows = Rows.read(store, inputs, stem)
-        numbers = np.arange(rows.num_samples)[rows.admitted]
-        drawn = uniforms(inputs.stream, rows.key_hashes(numbers), block=Block.OUT_OF_DOMAIN)
-        found.append((stem, outputs_of(rows.columns).table()[numbers[drawn < share]]))
-    return found
+def _leaked_keys(store: Store, guard: Manifest | None) -> dict[str, frozenset[str]]:
+    """Return what a finished guard found, by stem; nothing where there is no guard."""
+    if guard is None:
+        return {}
+    found = read_leaks(store, guard)
+    return {stem: frozenset(leak.key for leak in leaks) for stem, leaks in found.items()}
 
 
 def _out_of_domain(

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.leak_guard_config import NearDuplicatesConfig
 from models.near_duplicates import (
     NUM_COEFFICIENTS,
     THUMBNAIL_SIZE,
-    NearDuplicatesConfig,
     References,
     describe,
     find_near_duplicates,

@@ -12,7 +12,7 @@ from models.balancing import (
     reads_labeled_counts,
 )
 from models.debiasing import DebiasConfig, DebiasNoneConfig, reads_labeled_prior
-from models.near_duplicates import LeakGuardConfig, LeakGuardNoneConfig
+from models.leak_guard_config import LeakGuardConfig, LeakGuardNoneConfig
 from models.out_of_domain import OutOfDomainConfig, OutOfDomainNoneConfig, reads_dev
 from models.thresholds import (
     AgreementThresholdConfig,

@@ -5,17 +5,14 @@ in `tasks/gating.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.out_of_domain import FinishedGate, Outputs, is_in_domain
-from storage.manifest import Manifest
 from storage.prediction_columns import PredictionColumns
 from storage.selections import Reason
-from storage.store import Store
-from tasks.guarding import read_leaks
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,11 @@ class Gates:
     def judges(self, stem: str) -> bool:
         """Return whether a gate may turn down a row of a shard."""
         return self.out_of_domain is not None or bool(self.leaked.get(stem))
+
+    def of_shards(self, stems: Sequence[str]) -> "Gates":
+        """Return the gates of some of the shards."""
+        leaked = {stem: self.leaked[stem] for stem in stems if stem in self.leaked}
+        return replace(self, leaked=leaked)
 
     def reasons(
         self, stem: str, *, keys: Callable[[], Sequence[str]], outputs: Callable[[], Outputs]
@@ -59,14 +61,6 @@ class Gates:
 
 NO_GATES = Gates()
 """Nothing is turned down."""
-
-
-def leaked_keys(store: Store, guard: Manifest | None) -> dict[str, frozenset[str]]:
-    """Return what a finished guard found, by stem; nothing where there is no guard."""
-    if guard is None:
-        return {}
-    found = read_leaks(store, guard)
-    return {stem: frozenset(leak.key for leak in leaks) for stem, leaks in found.items()}
 
 
 def outputs_of(columns: PredictionColumns) -> Outputs:

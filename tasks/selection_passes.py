@@ -32,6 +32,7 @@ from models.balancing import (
 )
 from models.debiasing import DebiasNoneConfig, aligning_offsets, class_offsets
 from models.exact_sums import exact_mean, exact_sum
+from models.randomness import Block, uniforms
 from models.thresholds import (
     ClassThresholds,
     FinishedThresholds,
@@ -47,6 +48,7 @@ from storage.predictions import prediction_record, probability_sums
 from storage.store import Store
 from tasks.distributions import dense_probs
 from tasks.selection_config import SelectionConfig
+from tasks.selection_gates import outputs_of
 from tasks.selection_rows import Rows, SelectionInputs
 
 _POOLED_ROWS = 2**18
@@ -118,6 +120,24 @@ def plan_selection(
     plan = _balance(inputs, config, mapped)
     facts |= _plan_facts(plan, thresholds, config.balance)
     return PlannedSelection(inputs.after("balance"), plan, facts)
+
+
+def sample_outputs(
+    store: Store,
+    inputs: SelectionInputs,
+    stems: Sequence[str],
+    config: SelectionConfig,
+    share: float,
+) -> list[tuple[str, NDArray[np.float64]]]:
+    """Map: the outputs of a share of each shard's rows, as tables (M, 4) by stem."""
+    inputs.assert_next("gate")
+    found: list[tuple[str, NDArray[np.float64]]] = []
+    for stem in stems:
+        rows = Rows.read(store, inputs, stem)
+        numbers = np.arange(rows.num_samples)[rows.admitted]
+        drawn = uniforms(inputs.stream, rows.key_hashes(numbers), block=Block.OUT_OF_DOMAIN)
+        found.append((stem, outputs_of(rows.columns).table()[numbers[drawn < share]]))
+    return found
 
 
 def sum_probabilities(

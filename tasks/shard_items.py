@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.draws import Draws
 from models.noise import RandomResizedConfig, draw_boxes
-from models.randomness import Draws
 from models.training import TrainingConfig
 from storage.samples import RawSample
 from tasks.images import (

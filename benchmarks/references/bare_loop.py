@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.architectures import build_classifier
+from models.draws import input_draws
 from models.noise import apply_input_noise
 from models.optimization import SGDConfig
-from models.randomness import input_draws
 from models.training import TrainingConfig
 
 NoisedImages = Tensor

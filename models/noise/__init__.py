@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from models.draws import Draws
 from models.noise.affine import AffineConfig, affine
 from models.noise.augmix import AugMixConfig, augmix
 from models.noise.autoaugment import AutoAugmentConfig, autoaugment
@@ -30,7 +31,6 @@ from models.noise.randaugment import RandAugmentConfig, randaugment
 from models.noise.random_erasing import RandomErasingConfig, random_erasing
 from models.noise.stochastic_depth import StochasticDepthConfig
 from models.noise.trivial_augment import TrivialAugmentConfig, trivial_augment
-from models.randomness import Draws
 
 __all__ = [
     "AffineConfig",

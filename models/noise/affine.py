@@ -6,8 +6,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from models.draws import Draws
 from models.noise.geometry import Padding, centered_maps, warp_bilinear
-from models.randomness import Block, Draws
+from models.randomness import Block
 
 _WORDS = 5
 

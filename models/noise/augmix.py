@@ -10,10 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from models.draws import Draws, scaled_integers
 from models.noise.beta import WORDS_PER_GAMMA, beta_draws, dirichlet_draws
 from models.noise.geometry import warp_bilinear
 from models.noise.operations import MOVES, NOTHING, Operation, apply_operations_
-from models.randomness import Block, Draws, scaled_integers
+from models.randomness import Block
 
 _DEEPEST = 3
 """A drawn depth is 1 to 3."""

@@ -10,9 +10,10 @@ from torchvision.transforms.autoaugment import (  # pyright: ignore[reportMissin
     AutoAugmentPolicy,
 )
 
+from models.draws import Draws, scaled_integers
 from models.noise.magnitudes import OPERATIONS, argument_table
 from models.noise.operations import NOTHING, apply_operations_
-from models.randomness import Block, Draws, scaled_integers
+from models.randomness import Block
 
 _LAYERS = 2
 _WORDS = 1 + 2 * _LAYERS

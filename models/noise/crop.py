@@ -7,7 +7,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from models.randomness import Block, Draws
+from models.draws import Draws
+from models.randomness import Block
 
 _ATTEMPTS = 10
 _WORDS_PER_ATTEMPT = 4

@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from models.randomness import scaled_integers
+from models.draws import scaled_integers
 
 
 class CutMixConfig(BaseModel):

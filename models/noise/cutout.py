@@ -4,7 +4,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from models.randomness import Block, Draws, scaled_integers
+from models.draws import Draws, scaled_integers
+from models.randomness import Block
 
 _GREY = 128 / 255
 

@@ -10,10 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from models.draws import Draws, scaled_integers
 from models.noise import image_operations as ops
 from models.noise.cutout import random_centers
 from models.noise.operations import NOTHING, Operation, apply_operations_
-from models.randomness import Block, Draws, scaled_integers
+from models.randomness import Block
 
 _WORDS_PER_LAYER = 4
 """Operation, is it applied, strength, and one to spare."""

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from models.randomness import Block, Draws
+from models.draws import Draws
+from models.randomness import Block
 
 
 def flip(images: Tensor, draws: Draws) -> Tensor:

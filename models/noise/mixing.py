@@ -10,12 +10,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from models.draws import scaled_integers
 from models.noise.beta import WORDS_PER_GAMMA, beta_draws
 from models.noise.cutmix import CutMixConfig, cutmix_boxes, kept_shares, paste
 from models.noise.manifold_mixup import ManifoldMixupConfig
 from models.noise.mixup import MixupConfig, mix_rows
 from models.noise.prob_pseudo_mixup import ProbPseudoMixupConfig, confidence_shares
-from models.randomness import scaled_integers
 
 
 class MixupOrCutMixConfig(BaseModel):

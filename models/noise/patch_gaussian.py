@@ -6,9 +6,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from models.draws import Draws
 from models.noise.cutout import random_centers, squares
 from models.noise.pixel_words import pixel_words
-from models.randomness import Block, Draws
+from models.randomness import Block
 
 _WORDS = 5
 """Two name the field of pixels; then the standard deviation, the centre's y and x."""

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from models.randomness import Draws, derive_seed, key_words, philox4x32
+from models.draws import Draws, philox4x32
+from models.randomness import derive_seed, key_words
 
 
 def pixel_words(draws: Draws, block: int, pixels: Tensor) -> Tensor:

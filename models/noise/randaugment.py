@@ -7,10 +7,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from models.draws import Draws, scaled_integers
 from models.noise.cutout import random_centers
 from models.noise.fixmatch_augment import fixmatch_augment_
 from models.noise.operations import MOVES, NOTHING, Operation, apply_operations_
-from models.randomness import Block, Draws, scaled_integers
+from models.randomness import Block
 
 _WORDS_PER_LAYER = 8
 """Of which are used: operation, is it applied, sign, cutout y, cutout x."""

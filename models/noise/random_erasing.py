@@ -7,8 +7,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from models.draws import Draws
 from models.noise.pixel_words import pixel_words
-from models.randomness import Block, Draws
+from models.randomness import Block
 
 _ATTEMPTS = 10
 _WORDS_PER_ATTEMPT = 4

@@ -4,9 +4,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from models.draws import Draws, scaled_integers
 from models.noise.magnitudes import OPERATIONS, argument_table
 from models.noise.operations import apply_operations_
-from models.randomness import Block, Draws, scaled_integers
+from models.randomness import Block
 
 _WORDS = 3
 _BINS = 31

@@ -6,13 +6,17 @@ where that would fall below zero, which is where a classifier begins to learn th
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from models.out_of_domain.outputs import Outputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch is imported where it fits: processes that judge by a finished gate start without it.
 
 _STEPS, _LEARNING_RATE, _WEIGHT_DECAY = 400, 0.05, 1e-3
 
@@ -38,7 +42,7 @@ class PuModel:
         return _features(outputs, self.means, self.scales) @ self.weights + self.bias
 
 
-def nnpu_risk(positive: Tensor, unlabeled: Tensor, *, prior: float) -> Tensor:
+def nnpu_risk(positive: "Tensor", unlabeled: "Tensor", *, prior: float) -> "Tensor":
     """Return `prior * R_p+ + max(0, R_u- - prior * R_p-)` under the logistic loss.
 
     Args:
@@ -46,6 +50,8 @@ def nnpu_risk(positive: Tensor, unlabeled: Tensor, *, prior: float) -> Tensor:
         unlabeled: (U,) scores of unlabelled rows.
         prior: share of the unlabelled that is positive, in (0, 1).
     """
+    import torch
+
     softplus = torch.nn.functional.softplus
     negative_part = softplus(unlabeled).mean() - prior * softplus(positive).mean()
     return prior * softplus(-positive).mean() + negative_part.clamp(min=0)
@@ -59,6 +65,8 @@ def fit_pu(positive: Outputs, unlabeled: Outputs, *, prior: float) -> PuModel:
         unlabeled: a sample of the corpus.
         prior: share of the corpus that is in domain, in (0, 1).
     """
+    import torch
+
     both = np.concatenate([positive.table(), unlabeled.table()])
     means, scales = both.mean(axis=0), np.maximum(both.std(axis=0), 1e-6)
     rows = [torch.as_tensor(_features(some, means, scales)) for some in (positive, unlabeled)]

@@ -9,10 +9,10 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torch import Tensor
 
+from models.draws import Draws, input_draws, key_hash_tensor
 from models.noise import AugMixConfig
 from models.noise.augmix import augment_and_mix, augmix, drawn_chains, mixture_weights
 from models.noise.operations import NOTHING, Operation
-from models.randomness import Draws, input_draws, key_hash_tensor
 
 
 def _images(n: int, size: int = 32) -> Tensor:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torchvision.transforms import RandomErasing
 
+from models.draws import Draws, input_draws, key_hash_tensor
 from models.noise import (
     NoiseConfig,
     PatchGaussianConfig,
@@ -18,7 +19,6 @@ from models.noise import (
 from models.noise.patch_gaussian import patch_gaussian
 from models.noise.pixel_words import pixel_words
 from models.noise.random_erasing import erased_boxes, random_erasing
-from models.randomness import Draws, input_draws, key_hash_tensor
 
 
 def _draws(n: int, *, epoch: int = 0) -> Draws:

@@ -5,13 +5,8 @@ import pytest
 import torch
 
 from models import near_duplicates
-from models.near_duplicates import (
-    NUM_COEFFICIENTS,
-    NearDuplicatesConfig,
-    References,
-    describe,
-    find_near_duplicates,
-)
+from models.leak_guard_config import NearDuplicatesConfig
+from models.near_duplicates import NUM_COEFFICIENTS, References, describe, find_near_duplicates
 
 
 def scenes(count, *, seed=0, size=40):

@@ -9,6 +9,7 @@ import torchvision.transforms.v2.functional as TF
 from pydantic import ValidationError
 from torch import Tensor
 
+from models.draws import Draws, input_draws, key_hash_tensor
 from models.noise import (
     AffineConfig,
     CutoutConfig,
@@ -22,7 +23,6 @@ from models.noise import (
 )
 from models.noise.affine import affine_maps
 from models.noise.geometry import centered_maps, identity_maps, warp_bilinear, warp_nearest
-from models.randomness import Draws, input_draws, key_hash_tensor
 
 _EVERYTHING = NoiseConfig(
     crop=PadShiftConfig(pixels=3),

@@ -15,6 +15,7 @@ from torchvision.transforms.autoaugment import (
     _apply_op,
 )
 
+from models.draws import Draws, input_draws, key_hash_tensor
 from models.noise import (
     AutoAugmentConfig,
     NoiseConfig,
@@ -28,7 +29,6 @@ from models.noise.magnitudes import OPERATIONS, argument_table
 from models.noise.operations import MOVES, NOTHING, Operation, apply_operations_
 from models.noise.randaugment import randaugment
 from models.noise.trivial_augment import drawn_trivial, trivial_augment
-from models.randomness import Draws, input_draws, key_hash_tensor
 
 _NAMES = {number: name for name, number in OPERATIONS.items()}
 

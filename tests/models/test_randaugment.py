@@ -9,11 +9,11 @@ import torchvision.transforms.v2.functional as TF
 from pydantic import ValidationError
 from torch import Tensor
 
+from models.draws import Draws, input_draws, key_hash_tensor
 from models.noise import NoiseConfig, RandAugmentConfig, apply_input_noise
 from models.noise import image_operations as ops
 from models.noise.geometry import centered_maps, identity_maps
 from models.noise.randaugment import Operation, drawn_operations, num_operations, randaugment
-from models.randomness import Draws, input_draws, key_hash_tensor
 
 
 def _images(n: int = 6, size: int = 32) -> Tensor:

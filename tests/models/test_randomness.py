@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.randomness import (
-    Block,
-    Draws,
-    derive_seed,
-    hash64,
-    hash_keys,
-    input_draws,
-    key_hash_tensor,
-    philox4x32,
-    philox4x32_numpy,
-    uniforms,
-)
+from models.draws import Draws, input_draws, key_hash_tensor, philox4x32
+from models.randomness import Block, derive_seed, hash64, hash_keys, philox4x32_numpy, uniforms
 
 # Random123 1.09, tests/kat_vectors, philox4x32 10: counter, key, result.
 _VECTORS = [

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from models.balancing import BalanceNoneConfig, TopKConfig
 from models.debiasing import DistributionAlignmentConfig
-from models.near_duplicates import NearDuplicatesConfig
+from models.leak_guard_config import NearDuplicatesConfig
 from models.out_of_domain import EnergyConfig, MaxProbConfig, PuConfig
 from models.thresholds import FixedThresholdConfig, PercentileThresholdConfig
 from storage.addresses import canonical_json

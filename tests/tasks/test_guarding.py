@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.near_duplicates import NearDuplicatesConfig
+from models.leak_guard_config import NearDuplicatesConfig
 from storage.corpus import load_locations, save_corpus
 from tasks import guarding
 from tasks.guarding import read_leaks, thumbnail
