@@ -193,7 +193,7 @@ def deployments_of(config: SelfTrainingConfig, pools: Pools) -> list[RunnerDeplo
         del settings["store"]  # asked for by the form, since a stage has no other way to know
     trains = {key: value for key, value in settings.items() if key != "max_bad_samples"}
     labels = {**settings, "config": dumped["labeling"], "engine": dumped["engine"]}
-    selects = {"config": dumped["selection"], "seed": config.seed}
+    selects = {name: dumped[name] for name in ("seed", "engine")} | {"config": dumped["selection"]}
     if config.store is not None:
         selects["store"] = config.store
     schedule = prefect_schedule(config.schedule)

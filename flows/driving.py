@@ -153,6 +153,7 @@ class RunDriver:
                 label=title,
                 labeled=self.run.pins.labeled,
                 leaks=None if guard is None else guard.fingerprint,
+                engine=self.run.config.engine,
                 return_state=True,
             ),
             reads=self._labelings(teacher, round_index),

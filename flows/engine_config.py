@@ -19,8 +19,9 @@ class LocalEngine(BaseModel):
     kind: Literal["local"] = "local"
     processes: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = Field(
         default="auto",
-        description="Worker processes at most; 0: none, the run itself labels (for a debugger);"
-        " auto: one for each GPU, or for each core without one; none for a small corpus.",
+        description="Worker processes at most, of a labelling and of a selection; 0: none, the run"
+        " itself does it (for a debugger); auto: one for each GPU, or for each core without one and"
+        " for a selection; none for a small corpus.",
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default="auto",

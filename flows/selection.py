@@ -2,13 +2,16 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 from prefect import flow, task
 from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.engine_config import LOCAL_ENGINE, EngineConfig, LocalEngine
 from storage.corpus import load_corpus
 from storage.store import open_store
 from tasks import selection, selection_passes, selection_writing
@@ -17,6 +20,7 @@ from tasks.gating import close_gates
 from tasks.progress import Progress, report
 from tasks.selection_config import SelectionConfig
 from tasks.selection_passes import plan_selection
+from tasks.selection_processes import selection_workers
 from tasks.selection_rows import SelectionInputs
 from tasks.specifications import finished_result
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
@@ -24,22 +28,28 @@ from tasks.stages import TASK_OPTIONS, Reference, reference, reused
 _SHARDS_PER_TASK = 32
 _MAX_TASKS_PER_PASS = 100
 
-_NAMES: dict[Any, str] = {
+_NAMES: dict[Callable[..., Any], str] = {
     selection_passes.sample_outputs: "sample-outputs",
     selection_passes.sum_probabilities: "sum-probabilities",
     selection_passes.count_thresholds: "count-for-thresholds",
     selection_passes.sum_moments: "sum-for-weights",
     selection_passes.count_confidences: "count-confidences",
     selection_passes.collect_candidates: "collect-candidates",
+    selection_writing.write_selections: "write-selections",
 }
-_PASSES = {one: task(name=name, **TASK_OPTIONS)(one) for one, name in _NAMES.items()}
-write_selections = task(name="write-selections", **TASK_OPTIONS)(selection_writing.write_selections)
 
-# Any, because Prefect declares its own task runners as no subtype of what `flow` takes (3.8.8).
-_TWO_THREADS: Any = ThreadPoolTaskRunner(max_workers=2)
+_ArgumentsOf = Callable[[Sequence[str]], tuple[Any, ...]]
 
 
-@flow(name="select", task_runner=_TWO_THREADS, persist_result=False)
+def _carry_out(work: Callable[[], Any]) -> Any:
+    """Do the work of a group; Prefect does not look into a function for what it must wait for."""
+    return work()
+
+
+_TASKS = {name: task(name=name, **TASK_OPTIONS)(_carry_out) for name in _NAMES.values()}
+
+
+@flow(name="select", persist_result=False)
 def select_pseudo_labels(
     store: str,
     labeling: str,
@@ -51,6 +61,7 @@ def select_pseudo_labels(
     label: str = "select",
     labeled: str | None = None,
     leaks: str | None = None,
+    engine: EngineConfig = LOCAL_ENGINE,
 ) -> Reference | State:
     """Gate, calibrate, debias, threshold, weight and balance the predictions of one labelling.
 
@@ -67,6 +78,8 @@ def select_pseudo_labels(
         label: name of the stage in progress reports.
         labeled: digest of the labelled corpus, for rules that read its class counts.
         leaks: fingerprint of the leak guard, where the rules have one.
+        engine: of the run; where it is local, its `processes` are those of a selection, too, and
+            `auto` is one for each core.
     """
     started = time.monotonic()
     opened = open_store(store)
@@ -90,38 +103,51 @@ def select_pseudo_labels(
     if config.guards:
         assert leaks is not None, "checked by specify"
         guard = finished_result(opened, "guard", leaks)
-    inputs = selection.begin(opened, specification, labels)
-    corpus = load_corpus(opened, inputs.corpus)
+    corpus = load_corpus(opened, labels.inputs["corpus"].fingerprint)
     stems = [shard.stem for shard in corpus.shards]
     size = max(_SHARDS_PER_TASK, -(-len(stems) // _MAX_TASKS_PER_PASS))
     groups = [stems[start : start + size] for start in range(0, len(stems), size)]
+    processes = engine.processes if isinstance(engine, LocalEngine) else "auto"
+    workers = selection_workers(processes, num_rows=corpus.num_samples, num_groups=len(groups))
+    runner = ThreadPoolTaskRunner(max_workers=workers.num_workers)
+    # Workers are closed first where this is interrupted: the runner waits for its threads.
+    with runner, closing(workers):
+        inputs = selection.begin(opened, specification, labels)  # while processes start
 
-    def mapped(
-        one_pass: Any, inputs: SelectionInputs, config: SelectionConfig, *more: Any
-    ) -> Iterator[Any]:
-        futures = deque(
-            _PASSES[one_pass]
-            .with_options(task_run_name=f"{_NAMES[one_pass]} · {_group_name(group)}")
-            .submit(opened, inputs, group, config, *more)
-            for group in groups
+        def submitted(function: Callable[..., Any], arguments: _ArgumentsOf) -> deque[Any]:
+            name = _NAMES[function]
+            return deque(
+                runner.submit(
+                    _TASKS[name].with_options(task_run_name=f"{name} · {_group_name(group)}"),
+                    {"work": partial(workers.run, function, *arguments(group))},
+                )
+                for group in groups
+            )
+
+        def mapped(
+            one_pass: Any, inputs: SelectionInputs, config: SelectionConfig, *more: Any
+        ) -> Iterator[Any]:
+            futures = submitted(
+                one_pass, lambda group: (opened, inputs.of_shards(group), group, config, *more)
+            )
+            while futures:  # what was merged is not kept: a histogram may be of megabytes
+                yield futures.popleft().result()
+
+        inputs, gated = close_gates(opened, inputs, config, dev, guard, mapped)
+        inputs, calibrated = selection.calibrate(
+            opened, specification, inputs, dev, class_names=class_names
         )
-        while futures:  # what was merged is not kept: a histogram may be of megabytes
-            yield futures.popleft().result()
-
-    inputs, gated = close_gates(opened, inputs, config, dev, guard, mapped)
-    inputs, calibrated = selection.calibrate(
-        opened, specification, inputs, dev, class_names=class_names
-    )
-    planned = plan_selection(inputs, config, mapped)
-    writing = [
-        write_selections.with_options(
-            task_run_name=f"write-selections · {_group_name(group)}"
-        ).submit(opened, specification, planned.inputs, group, config, planned.plan)
-        for group in groups
-    ]
-    for number, future in enumerate(writing, start=1):
-        future.result()
-        report(Progress(label, number, len(groups), "groups of shards"))
+        planned = plan_selection(inputs, config, mapped)
+        writing = submitted(
+            selection_writing.write_selections,
+            lambda group: (
+                *(opened, specification, planned.inputs.of_shards(group)),
+                *(group, config, planned.plan),
+            ),
+        )
+        for number, future in enumerate(writing, start=1):
+            future.result()
+            report(Progress(label, number, len(groups), "groups of shards"))
     manifest = selection.finish(
         opened,
         specification,

@@ -8,6 +8,7 @@ from tasks.label_processes import LabelWorkerLost
 from tasks.label_worker import REFUSALS
 from tasks.labeling import LabelingStopped
 from tasks.launching import TrainingNotSeen
+from tasks.selection_processes import SelectionStopped, SelectionWorkerLost
 from tasks.training import TrainingStopped
 
 # Storage has retried for minutes already when an error gets here (storage/retries.py), so a task's
@@ -21,14 +22,15 @@ GPU_LIMIT = "gpu"
 # The slot of a run that was killed is free after so long; a living one renews it.
 GPU_LEASE_SECONDS = 60
 
-_STOPPED = (TrainingStopped, LabelingStopped, GuardStopped)
+_STOPPED = (TrainingStopped, LabelingStopped, GuardStopped, SelectionStopped)
+_LOST = (LabelWorkerLost, SelectionWorkerLost)
 
 
 def worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when run again; for `retry_condition_fn`."""
     try:
         state.result()
-    except (*REFUSALS, *_STOPPED, TrainingNotSeen, LabelWorkerLost, DamagedPredictions):
+    except (*REFUSALS, *_STOPPED, TrainingNotSeen, *_LOST, DamagedPredictions):
         return False
     except Exception:
         pass  # whatever else it was, it may have been the machine

@@ -1,6 +1,6 @@
 """The predictions of one shard as a pass of a selection sees them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -56,6 +56,11 @@ class SelectionInputs:
     shards: Mapping[str, PredictionReference] = field(default_factory=dict, repr=False)
     gates: Gates = NO_GATES
     done: tuple[Step, ...] = ()
+
+    def of_shards(self, stems: Sequence[str]) -> "SelectionInputs":
+        """Return what a pass over some of the shards needs to know: it may be sent to a process."""
+        shards = {stem: self.shards[stem] for stem in stems}
+        return replace(self, shards=shards, gates=self.gates.of_shards(stems))
 
     def after(self, step: Step, **found: Any) -> "SelectionInputs":
         """Return the inputs with what a step found; steps come in their order only."""

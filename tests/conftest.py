@@ -42,6 +42,7 @@ from tasks.ensembles import Ensemble
 from tasks.gating import close_gates
 from tasks.selection import SelectionConfig
 from tasks.selection_passes import plan_selection
+from tasks.selection_processes import SelectionProcesses, SelectionThreads
 from tasks.specifications import Specification
 from tasks.training import run_training
 from tasks.training_orders import Role, TrainingOrder, specify
@@ -239,11 +240,13 @@ def run_selection(
     guard: Manifest | None = None,
     groups: Sequence[Sequence[str]] | None = None,
     only_write: Sequence[Sequence[str]] | None = None,
+    workers: SelectionProcesses | None = None,
 ) -> Manifest:
     """What flows/selection.py does, without Prefect, over any grouping of the shards.
 
     With `only_write` it is cut off after these groups.
     """
+    run = SelectionThreads().run if workers is None else workers.run
     specification = selection.specify(
         config,
         labeling=labels.fingerprint,
@@ -257,7 +260,9 @@ def run_selection(
         groups = [list(labels.counts["shards"])]
 
     def mapped(one_pass: Any, inputs: Any, config: SelectionConfig, *more: Any) -> list[Any]:
-        return [one_pass(store, inputs, group, config, *more) for group in groups]
+        return [
+            run(one_pass, store, inputs.of_shards(group), group, config, *more) for group in groups
+        ]
 
     inputs = selection.begin(store, specification, labels)
     inputs, gated = close_gates(store, inputs, config, validation, guard, mapped)
@@ -266,9 +271,9 @@ def run_selection(
     )
     planned = plan_selection(inputs, config, mapped)
     for group in groups if only_write is None else only_write:
-        selection_writing.write_selections(
-            store, specification, planned.inputs, group, config, planned.plan
-        )
+        of_group = planned.inputs.of_shards(group)
+        write = selection_writing.write_selections
+        run(write, store, specification, of_group, group, config, planned.plan)
     return selection.finish(
         store,
         specification,

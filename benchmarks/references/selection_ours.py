@@ -1,6 +1,7 @@
 """The real selection stage on a made-up labelling: `python -m ... FOLDER ROWS SHARDS`.
 
-Prints seconds, the peak of resident memory and what of it was there before (Python and imports).
+Prints seconds, the peak of memory with that of all worker processes, and what of it was there
+before (Python and imports of this process; the workers are started while the clock runs).
 """
 
 import json
@@ -8,16 +9,18 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute  # noqa: F401  (the first `take` imports it; before the clock, as libraries)
 
 from benchmarks.references.selection_data import CLASS_NAMES, Problem, labeling_of
-from benchmarks.references.selection_process import cpu_seconds, peak_bytes
+from benchmarks.references.selection_process import PeakOfAll, cpu_seconds
 from storage.corpus import load_corpus
 from tasks import selection, selection_writing
 from tasks.selection_passes import plan_selection
+from tasks.selection_processes import selection_workers
 from tasks.specifications import finished_result
 
 SHARDS_PER_GROUP = 32
@@ -25,28 +28,34 @@ VALIDATION = "a" * 64
 
 
 def select(folder: Path, problem: Problem) -> dict[str, Any]:
-    """Run every pass and the writing on two threads, as flows/selection.py does with Prefect's."""
+    """Run every pass and the writing on the workers of flows/selection.py, without Prefect."""
     store, fingerprint = labeling_of(folder)
     config = problem.config
     specification = selection.specify(
         config, labeling=fingerprint, validation=VALIDATION, seed=0, round_index=1
     )
     shutil.rmtree(Path(store.url) / "selections", ignore_errors=True)
-    before, cpu, started = peak_bytes(), cpu_seconds(), time.monotonic()
+    memory = PeakOfAll()
+    cpu, started = cpu_seconds(), time.monotonic()
     labels = finished_result(store, "label", fingerprint)
-    inputs = selection.begin(store, specification, labels)
-    inputs, facts = selection.calibrate(
-        store, specification, inputs.after("gate"), None, class_names=CLASS_NAMES
-    )
-    stems = [shard.stem for shard in load_corpus(store, inputs.corpus).shards]
+    corpus = load_corpus(store, labels.inputs["corpus"].fingerprint)
+    stems = [shard.stem for shard in corpus.shards]
     groups = [
         stems[start : start + SHARDS_PER_GROUP] for start in range(0, len(stems), SHARDS_PER_GROUP)
     ]
-    laps = [("calibrate", time.monotonic())]
-    with ThreadPoolExecutor(2) as pool:
+    workers = selection_workers("auto", num_rows=corpus.num_samples, num_groups=len(groups))
+    with memory, ThreadPoolExecutor(workers.num_workers) as pool, closing(workers):
+        inputs = selection.begin(store, specification, labels)
+        inputs, facts = selection.calibrate(
+            store, specification, inputs.after("gate"), None, class_names=CLASS_NAMES
+        )
+        laps = [("calibrate", time.monotonic())]
 
         def mapped(one_pass: Any, inputs: Any, config: Any, *more: Any) -> list[Any]:
-            futures = [pool.submit(one_pass, store, inputs, g, config, *more) for g in groups]
+            futures = [
+                pool.submit(workers.run, one_pass, store, inputs.of_shards(g), g, config, *more)
+                for g in groups
+            ]
             found = [future.result() for future in futures]
             laps.append((one_pass.__name__, time.monotonic()))
             return found
@@ -54,10 +63,11 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         planned = plan_selection(inputs, config, mapped)
         writing = [
             pool.submit(
+                workers.run,
                 selection_writing.write_selections,
                 store,
                 specification,
-                planned.inputs,
+                planned.inputs.of_shards(group),
                 group,
                 config,
                 planned.plan,
@@ -83,8 +93,9 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
     return {
         "seconds": laps[-1][1] - started,
         "cpu_seconds": cpu_seconds() - cpu,
-        "peak_bytes": peak_bytes(),
-        "bytes_before": before,
+        "peak_bytes": memory.peak_bytes,
+        "bytes_before": memory.bytes_before,
+        "worker_processes": memory.num_children,
         "laps": {name: at - start for (name, at), start in zip(laps, starts, strict=False)},
         "kept": manifest.counts["unique"],
         "fingerprint": manifest.fingerprint,

@@ -1,8 +1,11 @@
 """The selection's flow: the passes as Prefect tasks give what they give in a plain loop."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
+from flows.engine_config import LocalEngine
 from flows.run_status import read_status
 from flows.selection import select_pseudo_labels
 from flows.self_training import self_training
@@ -37,8 +40,9 @@ from tasks.specifications import read_result
     ],
     ids=["crest", "curriculum"],
 )
+@pytest.mark.parametrize("processes", ["auto", 2])
 def test_every_pass_runs_as_a_task_and_gives_the_bytes_of_a_plain_loop(
-    lab, prefect_api, tmp_path, monkeypatch, config
+    lab, prefect_api, tmp_path, monkeypatch, config, processes: Literal["auto"] | int
 ):
     monkeypatch.setattr("flows.selection._SHARDS_PER_TASK", 2)
     rng = np.random.default_rng(2)
@@ -58,6 +62,7 @@ def test_every_pass_runs_as_a_task_and_gives_the_bytes_of_a_plain_loop(
                 class_names=list(lab.class_names),
                 config=config,
                 round_index=2,
+                engine=LocalEngine(processes=processes),
             )
             assert isinstance(found, dict)
             folder = selection_folder(found["fingerprint"])

@@ -156,6 +156,13 @@ def test_worker_launcher_and_config_load_no_prefect():
     assert not loaded & {"prefect", "sklearn", "matplotlib", "webdataset"}
 
 
+def test_workers_of_a_selection_load_neither_torch_nor_prefect():
+    # They start while a selection reads records; torch alone takes longer than that.
+    loaded = modules_after("import tasks.selection_worker")
+    assert {"numpy", "pyarrow", "models", "storage"} <= loaded
+    assert not loaded & {"torch", "torchvision", "PIL", "prefect", "flows"}
+
+
 def test_a_run_is_there_without_the_compiler():
     # sympy comes with torch's compiler alone, whose import takes longer than that of torch.
     loaded = modules_after("import flows.running, tasks.worker, tasks.label_worker")

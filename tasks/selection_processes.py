@@ -1,0 +1,227 @@
+"""Who carries out a selection's passes over groups: this process's threads, or worker processes.
+
+Reading, ranking and writing many files is in good part Python's own work, which threads of one
+process do in turns (Python's lock); processes do it side by side.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import IO, Any, Literal, TypeVar
+
+from tasks.children import die_with_parent
+
+T = TypeVar("T")
+
+# A worker may die of its machine; where so many die at one group, they die of the group.
+DEATHS_AT_ONE_GROUP = 3
+
+# Processes need about a second to start: below so many rows threads are sooner done.
+_ROWS_WORTH_PROCESSES = 1_000_000
+
+_THREADS = 2
+_LAST_WORDS_SECONDS, _GRACE_SECONDS = 1.0, 5.0
+_COMMAND = [sys.executable, "-m", "tasks.selection_worker"]
+# One core each: threads of libraries would stand in the way of the other workers.
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+class SelectionWorkerLost(RuntimeError):
+    """Worker processes died again and again at one group of shards."""
+
+
+class SelectionStopped(RuntimeError):
+    """The selection was stopped on request; what is recorded is kept."""
+
+
+class SelectionThreads:
+    """Carries out passes in the calling threads: for corpora too small to be worth processes."""
+
+    num_workers = _THREADS
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Return `function(*arguments)`. Raises: what it raises."""
+        return function(*arguments)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class SelectionProcesses:
+    """Processes that carry out passes, one at a time each; they are started at once.
+
+    They are killed with this process, and when the pool is closed.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        """Start the workers; they need most of a second until they carry out anything.
+
+        Args:
+            num_workers: how many.
+        """
+        self.num_workers = num_workers
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._servers: list[_Server] = []
+        # Children die with the thread that forked them (PR_SET_PDEATHSIG): all are forked by this
+        # one, which lives until `close`.
+        self._forking = ThreadPoolExecutor(1, thread_name_prefix="fork-selection-workers")
+        self._free: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        for worker in self._started(num_workers):
+            self._free.put(worker)
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Have a worker call a function of the modules that it imports, and return what that does.
+
+        A worker that dies is replaced, and the function called again: it must bear that.
+
+        Args:
+            function: by whose name the worker finds it.
+            arguments: are sent to the worker.
+        Raises: what the function raises; SelectionWorkerLost; SelectionStopped after `close`.
+        """
+        order = pickle.dumps((function, arguments), protocol=pickle.HIGHEST_PROTOCOL)
+        worker, last_server = self._free.get(), None
+        try:
+            for _ in range(DEATHS_AT_ONE_GROUP):
+                if worker is None:
+                    [worker] = self._started(1)
+                last_server = worker.server
+                try:
+                    result, error = worker.ask(order)
+                except BaseException as ending:
+                    # Also where it lives: its answer would be taken for that to the next order.
+                    worker.connection.close()
+                    worker = None
+                    if not isinstance(ending, EOFError | OSError):
+                        raise
+                    continue
+                if error is not None:
+                    raise error
+                return result
+        finally:
+            self._free.put(worker)
+        if self._closing.is_set():
+            raise SelectionStopped("stopped while this group was selected")
+        raise SelectionWorkerLost(
+            f"{DEATHS_AT_ONE_GROUP} worker processes in a row died at one group of shards. If the"
+            " machine is out of memory, set engine.processes lower (0: no processes); what is"
+            " recorded is kept, and the next run goes on there\n--- end of their output ---\n"
+            f"{last_server and last_server.end_of_output()}"
+        )
+
+    def close(self) -> None:
+        """End all workers, at once: what they have not recorded is done again the next time."""
+        with self._lock:
+            self._closing.set()
+            num_free = 0
+            with suppress(queue.Empty):
+                while True:
+                    worker = self._free.get_nowait()
+                    num_free += 1
+                    if worker is not None:
+                        worker.connection.close()  # upon which it ends
+            is_busy = num_free < self.num_workers
+            for server in self._servers:
+                server.end(0 if is_busy else _GRACE_SECONDS)
+        self._forking.shutdown()
+
+    def _started(self, num_workers: int) -> "list[_Worker]":
+        with self._lock:
+            if self._closing.is_set():
+                raise SelectionStopped("stopped before this group was selected")
+            server, workers = self._forking.submit(_start, num_workers).result()
+            self._servers.append(server)
+            return workers
+
+
+SelectionWorkers = SelectionThreads | SelectionProcesses
+
+
+def selection_workers(
+    processes: int | Literal["auto"], *, num_rows: int, num_groups: int
+) -> SelectionWorkers:
+    """Return who carries out the passes of a selection; the caller closes it.
+
+    Args:
+        processes: worker processes at most, of which one alone saves nothing; auto: one for each
+            core, none for a small corpus.
+        num_rows: of the corpus.
+        num_groups: of shards that it is selected from.
+    """
+    if processes == "auto":
+        is_worth_processes = num_rows >= _ROWS_WORTH_PROCESSES
+        processes = len(os.sched_getaffinity(0)) if is_worth_processes else 0
+    count = min(processes, num_groups)
+    return SelectionProcesses(count) if count > 1 else SelectionThreads()
+
+
+class _Server:
+    """The process that has forked some workers, and what all of them print."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
+        self._process, self._log = process, log
+
+    def end(self, grace_seconds: float) -> None:
+        """Kill it with its workers, unless all have ended when the grace has passed."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_seconds)
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end_of_output(self) -> str:
+        """Return the end of what was printed, and of what ended workers."""
+        with suppress(subprocess.TimeoutExpired):  # where other workers live
+            self._process.wait(_LAST_WORDS_SECONDS)
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - 4000))
+        return self._log.read().decode(errors="replace").strip() or "(nothing)"
+
+
+class _Worker:
+    """One worker process, seen from here."""
+
+    def __init__(self, connection: Connection, server: _Server) -> None:
+        self.connection, self.server = connection, server
+
+    def ask(self, order: bytes) -> Any:
+        """Return the answer to an order. Raises: EOFError, OSError if the worker dies over it."""
+        self.connection.send_bytes(order)
+        return pickle.loads(self.connection.recv_bytes())
+
+
+def _start(num_workers: int) -> tuple[_Server, list[_Worker]]:
+    """Start a process that forks so many workers."""
+    with ExitStack() as theirs_open:
+        pairs = [Pipe() for _ in range(num_workers)]
+        for _, theirs in pairs:
+            theirs_open.enter_context(theirs)
+        descriptors = [theirs.fileno() for _, theirs in pairs]
+        # Output goes to a file: a pipe that nobody empties would block the workers.
+        log: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - lives as long as the workers
+            prefix="selftrain-selection-workers-"
+        )
+        process = subprocess.Popen(
+            [*_COMMAND, *map(str, descriptors)],
+            env=dict(os.environ) | _ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=descriptors,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+    server = _Server(process, log)
+    return server, [_Worker(ours, server) for ours, _ in pairs]

@@ -1,0 +1,236 @@
+"""The processes of a selection: same bytes, replaced when they die, gone with their run."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.balancing import TopKConfig
+from models.out_of_domain import EnergyConfig
+from models.thresholds import PercentileThresholdConfig
+from models.weighting import SoftMatchConfig
+from storage.manifest import StoredObject
+from storage.objects import CorruptObject
+from storage.prediction_columns import PredictionReference
+from storage.predictions import DamagedPredictions, prediction_record
+from tasks import selection_processes
+from tasks.distributions import Calibration
+from tasks.selection_config import SelectionConfig
+from tasks.selection_gates import Gates
+from tasks.selection_processes import (
+    SelectionProcesses,
+    SelectionStopped,
+    SelectionThreads,
+    SelectionWorkerLost,
+    selection_workers,
+)
+from tasks.selection_rows import SelectionInputs
+
+CRASH = "select.between_data_and_record"
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with closing(SelectionProcesses(2)) as workers:
+        yield workers
+
+
+def plant(lab):
+    rng = np.random.default_rng(3)
+    rows = {
+        shard.stem: [(str(i), int(rng.integers(3)), float(rng.uniform(0.4, 1))) for i in range(20)]
+        for shard in lab.unlabeled.shards
+    }
+    return lab.plant_labeling(lab.store, lab.unlabeled, rows)
+
+
+def groups_of(lab):
+    stems = [shard.stem for shard in lab.unlabeled.shards]
+    return [stems[:2], stems[2:4], stems[4:]]
+
+
+def rules(**changes):
+    settings = {
+        "calibration": "none",
+        "out_of_domain": EnergyConfig(max_energy=0.0),
+        "threshold": PercentileThresholdConfig(),
+        "weighting": SoftMatchConfig(),
+        "balance": TopKConfig(k=11),
+        "allow_collapse": True,
+    }
+    return SelectionConfig(**settings | changes)
+
+
+def is_there(process):
+    """Whether a process runs; a dead one may wait for whoever adopted it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_write_the_bytes_that_this_process_writes(lab, workers, tmp_path):
+    config = rules()
+    here = lab.select(plant(lab), None, config, groups=groups_of(lab))
+    other = lab.in_store(tmp_path / "other")
+    elsewhere = other.select(plant(other), None, config, groups=groups_of(lab), workers=workers)
+    assert here.counts["unique"] > 0
+    # The manifest names every file by its sha256.
+    assert elsewhere.sha256 == here.sha256
+    for stored in here.objects:
+        assert other.store.read(stored.path) == lab.store.read(stored.path)
+
+
+def test_workers_that_die_on_the_way_change_no_byte(lab, tmp_path, monkeypatch):
+    here = lab.select(plant(lab), None, rules(), groups=groups_of(lab))
+    other = lab.in_store(tmp_path / "other")
+    # Every worker records one group, and is killed at its second one; its successor does that.
+    monkeypatch.setenv("SELFTRAIN_CRASH_AT", f"{CRASH}#2")
+    with closing(SelectionProcesses(1)) as workers:
+        first = workers.run(os.getpid)
+        elsewhere = other.select(
+            plant(other), None, rules(), groups=groups_of(lab), workers=workers
+        )
+        assert workers.run(os.getpid) != first
+    assert elsewhere.sha256 == here.sha256
+
+
+def test_a_group_at_which_every_worker_dies_is_given_up_and_goes_on_later(
+    lab, monkeypatch, tmp_path
+):
+    other = lab.in_store(tmp_path / "other")
+    here = other.select(plant(other), None, rules(), groups=groups_of(lab))
+    monkeypatch.setenv("SELFTRAIN_CRASH_AT", CRASH)
+    with (
+        closing(SelectionProcesses(1)) as workers,
+        pytest.raises(SelectionWorkerLost, match=r"3 worker processes.*processes lower") as caught,
+    ):
+        lab.select(plant(lab), None, rules(), groups=groups_of(lab), workers=workers)
+    assert "was ended by SIGKILL" in str(caught.value)
+    monkeypatch.delenv("SELFTRAIN_CRASH_AT")
+    assert lab.select(plant(lab), None, rules(), groups=groups_of(lab)).sha256 == here.sha256
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_work_done_again(workers, tmp_path):
+    script = f"mkdir {tmp_path}/once && kill -9 $PPID; echo done"
+    assert workers.run(subprocess.check_output, ["sh", "-c", script]) == b"done\n"
+    assert (tmp_path / "once").is_dir()
+
+
+def test_errors_keep_their_type_and_message_and_tell_where(lab, workers):
+    labels = plant(lab)
+    digest = lab.unlabeled.shards[3].digest
+    path = prediction_record(lab.store, labels.inputs["labeler"].fingerprint, digest)["object"]
+    file = Path(lab.store.url) / path["path"]
+    file.write_bytes(file.read_bytes()[:-9] + b"123456789")
+    with pytest.raises(DamagedPredictions, match=file.name) as caught:
+        lab.select(labels, None, rules(), groups=groups_of(lab), workers=workers)
+    assert isinstance(caught.value, CorruptObject)
+    assert "in a process of the selection:\nTraceback" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        workers.run(int, "x")
+
+
+def test_workers_that_cannot_start_say_why(monkeypatch):
+    command = [sys.executable, "-c", "raise SystemExit('no numpy here')"]
+    monkeypatch.setattr(selection_processes, "_COMMAND", command)
+    with (
+        closing(SelectionProcesses(1)) as workers,
+        pytest.raises(SelectionWorkerLost, match="no numpy here"),
+    ):
+        workers.run(int, "1")
+
+
+def test_closing_ends_what_goes_on_at_once_and_is_no_loss_of_workers():
+    workers = SelectionProcesses(2)
+    process = workers.run(os.getpid)
+    found = []
+
+    def sleep():
+        try:
+            workers.run(time.sleep, 60)
+        except SelectionStopped as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=sleep) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    workers.close()
+    for thread in threads:
+        thread.join(10)
+    assert time.monotonic() - started < 5
+    assert len(found) == 2
+    assert not is_there(process)
+    with pytest.raises(SelectionStopped):
+        workers.run(os.getpid)
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_nothing_outlives_a_run_that_is_killed(is_busy):
+    script = (
+        "import os, sys, threading, time\n"
+        "from tasks.selection_processes import SelectionProcesses\n"
+        "workers = SelectionProcesses(2)\n"
+        "functions = (os.getpid, os.getpid, os.getppid)\n"
+        "print(*map(workers.run, functions), flush=True)\n"
+        f"workers.run(time.sleep, 60) if {is_busy} else time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    processes = [int(number) for number in run.stdout.readline().split()]
+    assert len(set(processes)) == 3
+    assert all(map(is_there, processes))
+    time.sleep(0.2)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(map(is_there, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [process for process in processes if is_there(process)]
+
+
+def test_small_corpora_and_single_workers_stay_in_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3)))
+    few, many = 999_999, 1_000_000
+    cases: tuple[tuple[Any, int, int, int], ...] = (
+        ("auto", few, 9, 0),
+        ("auto", many, 9, 3),
+        ("auto", many, 2, 2),
+        ("auto", many, 1, 0),
+        (0, many, 9, 0),
+        (1, many, 9, 0),
+        (2, few, 9, 2),
+    )
+    for processes, num_rows, num_groups, expected in cases:
+        workers = selection_workers(processes, num_rows=num_rows, num_groups=num_groups)
+        with closing(workers):
+            is_here = isinstance(workers, SelectionThreads)
+            assert (0 if is_here else workers.num_workers) == expected, (processes, num_rows)
+
+
+def test_a_group_is_sent_its_own_shards_and_leaks_alone():
+    shards = {
+        stem: PredictionReference(
+            StoredObject(stem, f"{stem}.parquet", 1, "0" * 64), 4, 3, None, ()
+        )
+        for stem in "abc"
+    }
+    gates = Gates({"a": frozenset("0"), "c": frozenset("12")})
+    inputs = SelectionInputs(
+        *("corpus", "labeler", 3, Calibration(), 5, 1), shards=shards, gates=gates
+    )
+    some = inputs.of_shards(["c", "b"])
+    assert dict(some.shards) == {"c": shards["c"], "b": shards["b"]}
+    assert dict(some.gates.leaked) == {"c": frozenset("12")}
+    assert some.stream == 5
