@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.figures import Figure, benchmark_parser, figure, print_figures
 from benchmarks.references.selection_data import Problem, labeling_of, make_labeling
+from benchmarks.references.selection_process import remove_set_aside
 from storage.corpus import load_corpus
 from tasks.specifications import read_result
 
@@ -55,6 +56,8 @@ def main() -> None:
     finally:
         if options.folder is None:
             shutil.rmtree(root)
+        else:
+            remove_set_aside(root)
     print_figures(figures, as_json=options.json)
 
 

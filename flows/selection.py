@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from tempfile import TemporaryFile
 from typing import Any
 
 from prefect import flow, task
@@ -108,11 +109,18 @@ def select_pseudo_labels(
     size = max(_SHARDS_PER_TASK, -(-len(stems) // _MAX_TASKS_PER_PASS))
     groups = [stems[start : start + size] for start in range(0, len(stems), size)]
     processes = engine.processes if isinstance(engine, LocalEngine) else "auto"
-    workers = selection_workers(processes, num_rows=corpus.num_samples, num_groups=len(groups))
+    scratch = TemporaryFile(prefix="selftrain-selection-")  # noqa: SIM115 - closed with the workers
+    workers = selection_workers(
+        processes,
+        num_rows=corpus.num_samples,
+        num_groups=len(groups),
+        descriptors=[scratch.fileno()],
+    )
     runner = ThreadPoolTaskRunner(max_workers=workers.num_workers)
     # Workers are closed first where this is interrupted: the runner waits for its threads.
-    with runner, closing(workers):
+    with scratch, runner, closing(workers):
         inputs = selection.begin(opened, specification, labels)  # while processes start
+        inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
 
         def submitted(function: Callable[..., Any], arguments: _ArgumentsOf) -> deque[Any]:
             name = _NAMES[function]

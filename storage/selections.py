@@ -54,8 +54,11 @@ SCHEMA: Any = arrow.schema(
 _SCALARS = ("kept", "reason", "copies", "weight", "label", "rest_mass")
 # LZ4 takes half the time of zstd and twice the bytes, but for keys, which it leaves nine times as
 # long, and for soft targets, which are most of their file. A higher level saves nothing.
-_LEVELS = {"key": 1, "target_ids.list.element": 1, "target_log_probs.list.element": 1}
-_COMPRESSION = dict.fromkeys(_SCALARS, "lz4") | dict.fromkeys(_LEVELS, "zstd")
+_TARGETS = ("target_ids.list.element", "target_log_probs.list.element")
+_COMPRESSION: dict[str, str] = {"key": "zstd"} | dict.fromkeys((*_SCALARS, *_TARGETS), "lz4")
+_LEVELS: dict[str, int] = {"key": 1}
+_COMPRESSION_OF_SOFT = _COMPRESSION | dict.fromkeys(_TARGETS, "zstd")
+_LEVELS_OF_SOFT = _LEVELS | dict.fromkeys(_TARGETS, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,9 +281,14 @@ def to_parquet(selection: Selection) -> bytes:
             values = arrow.array(getattr(selection, field.name), type=field.type.value_type)
             columns.append(arrow.ListArray.from_arrays(offsets, values, type=field.type))
     table = arrow.Table.from_arrays(columns, schema=SCHEMA)
-    # Read whole and by nobody who would skip rows by their statistics.
+    is_soft = len(selection.target_ids) > 0
+    # Read whole, by the sha256, and by nobody who would skip rows by their statistics.
     return write_table(
-        table, compression=_COMPRESSION, compression_level=_LEVELS, has_statistics=False
+        table,
+        compression=_COMPRESSION_OF_SOFT if is_soft else _COMPRESSION,
+        compression_level=_LEVELS_OF_SOFT if is_soft else _LEVELS,
+        has_statistics=False,
+        has_checksums=False,
     )
 
 

@@ -214,18 +214,18 @@ def collect_candidates(
     confidences: list[NDArray[np.floating]] = []
     keys: list[NDArray[np.str_]] = []
     for stem in stems:
-        rows = Rows.read(store, inputs, stem)
-        ranked = rows.ranked(inputs, config.balance)
-        near = is_at_boundary(plan, ranked.labels, ranked.values)
-        labels.append(ranked.labels[near])
-        confidences.append(ranked.values[near])
-        if with_keys:
-            keys.append(rows.sample_keys(ranked.rows[near]))
+        of_rows, ranks = _ranked(store, inputs, stem, config.balance)
+        near = np.flatnonzero(is_at_boundary(plan, of_rows, ranks))
+        labels.append(of_rows[near])
+        confidences.append(ranks[near])
+        if with_keys and len(near):
+            rows = Rows.read(store, inputs, stem)
+            keys.append(rows.sample_keys(rows.ranked(inputs, config.balance).rows[near]))
     return boundary_candidates(
         plan,
         np.concatenate(labels),
         np.concatenate(confidences),
-        np.concatenate(keys) if with_keys else None,
+        np.concatenate([*keys, np.zeros(0, np.str_)]) if with_keys else None,
     )
 
 
@@ -240,13 +240,26 @@ def _pooled(
     ranks: list[NDArray[np.floating]] = []
     num_rows = 0
     for number, stem in enumerate(stems, start=1):
-        ranked = Rows.read(store, inputs, stem).ranked(inputs, balance)
-        labels.append(ranked.labels)
-        ranks.append(ranked.values)
+        of_rows, found = _ranked(store, inputs, stem, balance)
+        labels.append(of_rows)
+        ranks.append(found)
         num_rows += len(labels[-1])
         if num_rows >= _POOLED_ROWS or number == len(stems):
             yield np.concatenate(labels), np.concatenate(ranks)
             labels, ranks, num_rows = [], [], 0
+
+
+def _ranked(
+    store: Store, inputs: SelectionInputs, stem: str, balance: BalanceConfig
+) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+    """Return class and rank of a shard's rows that pass; an earlier pass may have kept them."""
+    kept = None if inputs.ranked is None else inputs.ranked.kept(stem)
+    if kept is not None:
+        return kept
+    found = Rows.read(store, inputs, stem).ranked(inputs, balance)
+    if inputs.ranked is not None:
+        inputs.ranked.keep(stem, found.labels, found.values)
+    return found.labels, found.values
 
 
 def _counted(search: ThresholdSearch, rows: Rows) -> NDArray[np.int64]:

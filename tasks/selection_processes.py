@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from multiprocessing import Pipe
@@ -32,8 +32,13 @@ _ROWS_WORTH_PROCESSES = 1_000_000
 _THREADS = 2
 _LAST_WORDS_SECONDS, _GRACE_SECONDS = 1.0, 5.0
 _COMMAND = [sys.executable, "-m", "tasks.selection_worker"]
-# One core each: threads of libraries would stand in the way of the other workers.
-_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_ENVIRONMENT = {
+    # One core each: threads of libraries would stand in the way of the other workers.
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    # Arrays of megabytes come and go: their pages are kept, for the kernel clears each new one.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**26),
+}
 
 
 class SelectionWorkerLost(RuntimeError):
@@ -63,12 +68,14 @@ class SelectionProcesses:
     They are killed with this process, and when the pool is closed.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, descriptors: Sequence[int] = ()) -> None:
         """Start the workers; they need most of a second until they carry out anything.
 
         Args:
             num_workers: how many.
+            descriptors: of open files that they have, too, under the same numbers.
         """
+        self._descriptors = tuple(descriptors)
         self.num_workers = num_workers
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -140,7 +147,7 @@ class SelectionProcesses:
         with self._lock:
             if self._closing.is_set():
                 raise SelectionStopped("stopped before this group was selected")
-            server, workers = self._forking.submit(_start, num_workers).result()
+            server, workers = self._forking.submit(_start, num_workers, self._descriptors).result()
             self._servers.append(server)
             return workers
 
@@ -149,7 +156,11 @@ SelectionWorkers = SelectionThreads | SelectionProcesses
 
 
 def selection_workers(
-    processes: int | Literal["auto"], *, num_rows: int, num_groups: int
+    processes: int | Literal["auto"],
+    *,
+    num_rows: int,
+    num_groups: int,
+    descriptors: Sequence[int] = (),
 ) -> SelectionWorkers:
     """Return who carries out the passes of a selection; the caller closes it.
 
@@ -158,12 +169,13 @@ def selection_workers(
             core, none for a small corpus.
         num_rows: of the corpus.
         num_groups: of shards that it is selected from.
+        descriptors: of open files that workers read or write under the same numbers.
     """
     if processes == "auto":
         is_worth_processes = num_rows >= _ROWS_WORTH_PROCESSES
         processes = len(os.sched_getaffinity(0)) if is_worth_processes else 0
     count = min(processes, num_groups)
-    return SelectionProcesses(count) if count > 1 else SelectionThreads()
+    return SelectionProcesses(count, descriptors) if count > 1 else SelectionThreads()
 
 
 class _Server:
@@ -202,8 +214,8 @@ class _Worker:
         return pickle.loads(self.connection.recv_bytes())
 
 
-def _start(num_workers: int) -> tuple[_Server, list[_Worker]]:
-    """Start a process that forks so many workers."""
+def _start(num_workers: int, shared: Sequence[int]) -> tuple[_Server, list[_Worker]]:
+    """Start a process that forks so many workers, which share some open files with this one."""
     with ExitStack() as theirs_open:
         pairs = [Pipe() for _ in range(num_workers)]
         for _, theirs in pairs:
@@ -219,7 +231,7 @@ def _start(num_workers: int) -> tuple[_Server, list[_Worker]]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=descriptors,
+            pass_fds=[*descriptors, *shared],
             start_new_session=True,
             preexec_fn=die_with_parent,
         )

@@ -18,6 +18,7 @@ from storage.samples import sample_key
 from storage.selections import Reason
 from storage.store import Store
 from tasks.distributions import Calibration, Distributions, most_probable
+from tasks.ranked_rows import RankedRows
 from tasks.selection_gates import NO_GATES, Gates, outputs_of
 
 Step = Literal["gate", "calibrate", "debias", "threshold", "weight", "balance", "write"]
@@ -41,6 +42,7 @@ class SelectionInputs:
         weighting: how rows are weighted.
         shards: stem -> where its predictions are.
         gates: what is turned down before anything is counted.
+        ranked: where passes keep what they rank for the next one; None: nowhere.
         done: the steps so far, in their order.
     """
 
@@ -55,12 +57,20 @@ class SelectionInputs:
     weighting: FinishedWeighting | None = None
     shards: Mapping[str, PredictionReference] = field(default_factory=dict, repr=False)
     gates: Gates = NO_GATES
+    ranked: RankedRows | None = None
     done: tuple[Step, ...] = ()
 
     def of_shards(self, stems: Sequence[str]) -> "SelectionInputs":
         """Return what a pass over some of the shards needs to know: it may be sent to a process."""
         shards = {stem: self.shards[stem] for stem in stems}
-        return replace(self, shards=shards, gates=self.gates.of_shards(stems))
+        ranked = None if self.ranked is None else self.ranked.of_shards(stems)
+        return replace(self, shards=shards, gates=self.gates.of_shards(stems), ranked=ranked)
+
+    def keeping_ranked(self, descriptor: int, balance: BalanceConfig) -> "SelectionInputs":
+        """Return the inputs of passes that keep what they rank in an open, empty file."""
+        count = classes_per_image(balance)
+        most_rows = ((stem, count * shard.num_samples) for stem, shard in self.shards.items())
+        return replace(self, ranked=RankedRows.of(descriptor, most_rows))
 
     def after(self, step: Step, **found: Any) -> "SelectionInputs":
         """Return the inputs with what a step found; steps come in their order only."""

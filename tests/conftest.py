@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # One thread a process, workers included: tests run side by side, and threads that wait for a busy
 # core by spinning slow each other down tenfold.
@@ -241,6 +241,7 @@ def run_selection(
     groups: Sequence[Sequence[str]] | None = None,
     only_write: Sequence[Sequence[str]] | None = None,
     workers: SelectionProcesses | None = None,
+    scratch: IO[bytes] | None = None,
 ) -> Manifest:
     """What flows/selection.py does, without Prefect, over any grouping of the shards.
 
@@ -265,6 +266,8 @@ def run_selection(
         ]
 
     inputs = selection.begin(store, specification, labels)
+    if scratch is not None:
+        inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
     inputs, gated = close_gates(store, inputs, config, validation, guard, mapped)
     inputs, calibrated = selection.calibrate(
         store, specification, inputs, validation, class_names=class_names

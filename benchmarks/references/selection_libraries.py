@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.references.selection_data import LABELER, MAX_COPIES, THRESHOLD, Problem
-from benchmarks.references.selection_process import cpu_seconds, peak_bytes
+from benchmarks.references.selection_process import cpu_seconds, peak_bytes, set_aside
 
 THREADS = 2
 os.environ["POLARS_MAX_THREADS"] = str(THREADS)  # before polars is imported
@@ -271,7 +270,7 @@ def run(plan: str, folder: Path, problem: Problem) -> dict[str, Any]:
         importlib.import_module(library)  # as our side's are, before the clock runs
     files = str(folder / "store" / "predictions" / LABELER / "*.parquet")
     out = folder / f"out-{plan}"
-    shutil.rmtree(out, ignore_errors=True)
+    set_aside(out)
     before, cpu, started = peak_bytes(), cpu_seconds(), time.monotonic()
     PLANS[plan](files, out, problem)
     return {

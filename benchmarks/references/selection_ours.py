@@ -5,18 +5,18 @@ before (Python and imports of this process; the workers are started while the cl
 """
 
 import json
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pyarrow.compute  # noqa: F401  (the first `take` imports it; before the clock, as libraries)
 
 from benchmarks.references.selection_data import CLASS_NAMES, Problem, labeling_of
-from benchmarks.references.selection_process import PeakOfAll, cpu_seconds
+from benchmarks.references.selection_process import PeakOfAll, cpu_seconds, set_aside
 from storage.corpus import load_corpus
 from tasks import selection, selection_writing
 from tasks.selection_passes import plan_selection
@@ -34,7 +34,7 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
     specification = selection.specify(
         config, labeling=fingerprint, validation=VALIDATION, seed=0, round_index=1
     )
-    shutil.rmtree(Path(store.url) / "selections", ignore_errors=True)
+    set_aside(Path(store.url) / "selections")
     memory = PeakOfAll()
     cpu, started = cpu_seconds(), time.monotonic()
     labels = finished_result(store, "label", fingerprint)
@@ -43,9 +43,16 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
     groups = [
         stems[start : start + SHARDS_PER_GROUP] for start in range(0, len(stems), SHARDS_PER_GROUP)
     ]
-    workers = selection_workers("auto", num_rows=corpus.num_samples, num_groups=len(groups))
-    with memory, ThreadPoolExecutor(workers.num_workers) as pool, closing(workers):
+    scratch = TemporaryFile()  # noqa: SIM115 - closed with the workers
+    workers = selection_workers(
+        "auto",
+        num_rows=corpus.num_samples,
+        num_groups=len(groups),
+        descriptors=[scratch.fileno()],
+    )
+    with memory, scratch, ThreadPoolExecutor(workers.num_workers) as pool, closing(workers):
         inputs = selection.begin(store, specification, labels)
+        inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
         inputs, facts = selection.calibrate(
             store, specification, inputs.after("gate"), None, class_names=CLASS_NAMES
         )
@@ -96,7 +103,7 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         "peak_bytes": memory.peak_bytes,
         "bytes_before": memory.bytes_before,
         "worker_processes": memory.num_children,
-        "laps": {name: at - start for (name, at), start in zip(laps, starts, strict=False)},
+        "laps": [(name, at - start) for (name, at), start in zip(laps, starts, strict=False)],
         "kept": manifest.counts["unique"],
         "fingerprint": manifest.fingerprint,
     }

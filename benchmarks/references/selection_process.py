@@ -2,11 +2,14 @@
 
 import os
 import resource
+import shutil
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+_ASIDE = "aside-"
 _POLL_SECONDS = 0.2  # a look at a process takes the kernel milliseconds
 
 
@@ -19,6 +22,22 @@ def cpu_seconds() -> float:
     """Return the time on the cores so far, of all threads and of all children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier run wrote out of the way, for `remove_set_aside` to remove.
+
+    ext4 keeps inodes that were deleted in the last minutes from being used again, by a search that
+    whoever creates files then pays for.
+    """
+    with suppress(FileNotFoundError):
+        folder.rename(folder.with_name(f"{_ASIDE}{time.time_ns()}"))
+
+
+def remove_set_aside(folder: Path) -> None:
+    """Remove, at any depth below a folder, what was set aside."""
+    for aside in list(folder.rglob(f"{_ASIDE}*")):
+        shutil.rmtree(aside)
 
 
 class PeakOfAll:

@@ -56,7 +56,7 @@ def confidence_histogram(
     check_rows(labels, confidences, num_classes)
     cells = labels.astype(np.int64) * num_bins + bins
     counts = np.bincount(cells, minlength=num_classes * num_bins)
-    return counts.astype(np.int64).reshape(num_classes, num_bins)
+    return counts.astype(np.int64, copy=False).reshape(num_classes, num_bins)
 
 
 def merge_histograms(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """The processes of a selection: same bytes, replaced when they die, gone with their run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,15 @@ import pytest
 
 from models.balancing import TopKConfig
 from models.out_of_domain import EnergyConfig
-from models.thresholds import PercentileThresholdConfig
-from models.weighting import SoftMatchConfig
+from models.thresholds import FixedThresholdConfig, PercentileThresholdConfig
+from models.weighting import SoftMatchConfig, WeightNoneConfig
 from storage.manifest import StoredObject
 from storage.objects import CorruptObject
 from storage.prediction_columns import PredictionReference
 from storage.predictions import DamagedPredictions, prediction_record
 from tasks import selection_processes
 from tasks.distributions import Calibration
+from tasks.ranked_rows import RankedRows
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import Gates
 from tasks.selection_processes import (
@@ -32,7 +35,7 @@ from tasks.selection_processes import (
     SelectionWorkerLost,
     selection_workers,
 )
-from tasks.selection_rows import SelectionInputs
+from tasks.selection_rows import Rows, SelectionInputs
 
 CRASH = "select.between_data_and_record"
 
@@ -87,6 +90,52 @@ def test_processes_write_the_bytes_that_this_process_writes(lab, workers, tmp_pa
     assert elsewhere.sha256 == here.sha256
     for stored in here.objects:
         assert other.store.read(stored.path) == lab.store.read(stored.path)
+
+
+def test_passes_read_what_was_ranked_before_and_without_it_the_predictions(lab, monkeypatch):
+    labels = plant(lab)
+    reads = []
+    read = Rows.read.__func__
+
+    def noted(cls, store, inputs, stem, *, to_write=False):
+        reads.append((inputs.done[-1], to_write))
+        return read(cls, store, inputs, stem, to_write=to_write)
+
+    monkeypatch.setattr(Rows, "read", classmethod(noted))
+    ties = rules(threshold=FixedThresholdConfig(confidence=0.5), weighting=WeightNoneConfig())
+    first = lab.select(labels, None, ties, groups=groups_of(lab))
+    num_shards = len(lab.unlabeled.shards)
+    num_reads = reads.count(("weight", False))
+    assert num_reads > num_shards  # to count, and to look for the boundary
+    reads.clear()
+    shutil.rmtree(Path(lab.store.url) / "selections")
+    with TemporaryFile() as scratch:
+        second = lab.select(labels, None, ties, groups=groups_of(lab), scratch=scratch)
+        size = scratch.seek(0, os.SEEK_END)
+    assert reads.count(("weight", False)) == num_shards
+    assert size > 0
+    assert second.sha256 == first.sha256
+
+
+def test_ranked_rows_come_back_as_they_were_or_not_at_all(monkeypatch):
+    with TemporaryFile() as file:
+        ranked = RankedRows.of(file.fileno(), [("a", 3), ("b", 2), ("c", 4)])
+        assert ranked.kept("a") is None
+        labels, values = np.array([7, 0], np.uint32), np.array([0.25, 1], np.float32)
+        ranked.keep("b", labels, values)
+        ranked.keep("c", labels[:0].astype(np.int64), values[:0].astype(np.float64))
+        assert ranked.kept("a") is None
+        found = ranked.of_shards(["b"]).kept("b")
+        assert found is not None
+        assert [one.dtype for one in found] == [np.uint32, np.float32]
+        assert [one.tolist() for one in found] == [[7, 0], [0.25, 1]]
+        empty = ranked.kept("c")
+        assert empty is not None
+        assert [(len(one), one.dtype) for one in empty] == [(0, np.int64), (0, np.float64)]
+        # The disk fills up while rows are written: they are not there.
+        monkeypatch.setattr(os, "pwrite", lambda descriptor, data, place: len(data) // 2)
+        ranked.keep("a", labels, values)
+        assert ranked.kept("a") is None
 
 
 def test_workers_that_die_on_the_way_change_no_byte(lab, tmp_path, monkeypatch):
