@@ -45,5 +45,10 @@ class KeyColumn(Sequence[str]):
 
     def utf8_of_rows(self, rows: NDArray[np.intp]) -> list[bytes]:
         """Return the keys of some rows as UTF-8."""
-        chosen = self.values.take(arrow.array(rows)).cast(arrow.binary())
-        return cast("list[bytes]", chosen.to_pylist())
+        if not len(rows):
+            return []
+        _, offsets, data = self.values.buffers()
+        ends = np.frombuffer(offsets, np.int32)[self.values.offset :]
+        text = cast("bytes", data.to_pybytes())
+        spans = zip(ends[rows].tolist(), ends[rows + 1].tolist(), strict=True)
+        return [text[start:end] for start, end in spans]

@@ -21,7 +21,13 @@ _REMEDIES = {
 }
 
 
-def write_atomically(path: Path, data: bytes | bytearray | memoryview, *, exclusive: bool) -> None:
+def write_atomically(
+    path: Path,
+    data: bytes | bytearray | memoryview,
+    *,
+    exclusive: bool,
+    is_folder_synced: bool = True,
+) -> None:
     """Write a file that other processes see whole or not at all, and that survives a power cut.
 
     The bytes go to a temporary file in the same folder, which is synced and then linked
@@ -32,6 +38,8 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview, *, exclus
         path: parent folders are created.
         data: the whole contents.
         exclusive: fail if the file is there; otherwise replace it.
+        is_folder_synced: False leaves it to `sync_folder`, once for many files: until then a power
+            cut may take the name away again.
 
     Raises:
         FileExistsError: exclusive, and the file is there. Of several writers exactly one wins.
@@ -49,7 +57,8 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview, *, exclus
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        _sync_folder(path.parent)
+        if is_folder_synced:
+            sync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -113,10 +122,11 @@ def _make_folder(folder: Path) -> None:
     # Another writer may create it in between; a file of that name fails below, in open().
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names of the files in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

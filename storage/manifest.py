@@ -175,6 +175,7 @@ def put_object(
     suffix: str,
     *,
     crash_kind: str | None = None,
+    is_folder_synced: bool = True,
 ) -> StoredObject:
     """Write a data object as ``<folder>/<name>-<sha256>.<suffix>`` and return its reference.
 
@@ -185,12 +186,13 @@ def put_object(
         data: the whole contents.
         suffix: without the dot.
         crash_kind: the stage's kind; reaches the crash point ``<kind>.before_data``.
+        is_folder_synced: False where `Store.sync_folder` follows, once for many objects.
     """
     if crash_kind is not None:
         crash_points.reach(f"{crash_kind}.before_data")
     sha256 = sha256_hex(data)
     path = f"{folder}/{name}-{sha256}.{suffix}"
-    store.put(path, data)
+    store.put(path, data, is_folder_synced=is_folder_synced)
     return StoredObject(name, path, len(data), sha256)
 
 

@@ -60,9 +60,24 @@ class Store:
         """Return size and version of an object; FileNotFoundError if there is none."""
         return objects.stat_object(self.url_of(path))
 
-    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
-        """Write an object whose name tells its content: writing it again is harmless."""
-        objects.write_object(self.url_of(path), data, "immutable")
+    def put(
+        self, path: str, data: bytes | bytearray | memoryview, *, is_folder_synced: bool = True
+    ) -> None:
+        """Write an object whose name tells its content: writing it again is harmless.
+
+        Args:
+            path: where to.
+            data: the whole contents.
+            is_folder_synced: False where `sync_folder` follows, once for many objects of a folder:
+                before it they are not safe from a power cut.
+        """
+        objects.write_object(
+            self.url_of(path), data, "immutable", is_folder_synced=is_folder_synced
+        )
+
+    def sync_folder(self, folder: str) -> None:
+        """Make safe the objects directly below a folder that were put without syncing it."""
+        objects.sync_folder(self.url_of(folder))
 
     def create(self, path: str, data: bytes) -> bytes:
         """Write an object if none is there, and return what is there now: that is the truth.

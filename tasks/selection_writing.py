@@ -77,7 +77,13 @@ def write_selections(
 
     def write(made: _Made) -> tuple[WrittenShard, ShardCounts]:
         stored = put_object(
-            store, specification.folder, made.digest, made.data, "parquet", crash_kind="select"
+            store,
+            specification.folder,
+            made.digest,
+            made.data,
+            "parquet",
+            crash_kind="select",
+            is_folder_synced=False,
         )
         items = made.counts.items
         return WrittenShard(made.stem, stored, items, made.listed_targets), made.counts
@@ -89,6 +95,7 @@ def write_selections(
         written.append(shard)
         total = counts if total is None else total + counts
     assert total is not None, "a group holds at least one shard"
+    store.sync_folder(specification.folder)
     crash_points.reach("select.between_data_and_record")
     body = {
         "schema": RECORD_SCHEMA,
