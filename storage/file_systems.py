@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-import fsspec  # pyright: ignore[reportMissingTypeStubs]
-
 _LOCAL_SCHEMES = {"file", "local"}
 
 _file_systems: dict[tuple[object, ...], "FileSystem"] = {}
@@ -56,6 +54,9 @@ def split_url(url: str) -> tuple[str, str]:
 
 def file_system_of(scheme: str) -> FileSystem:
     """Return this process's file system; a forked child and a changed environment get their own."""
+    # Here, for it takes a while, and processes that read a local store start without it.
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]
+
     if scheme not in fsspec.available_protocols():
         raise ValueError(
             f"{scheme}://: unknown kind of store; use a folder, s3://bucket/prefix or another "

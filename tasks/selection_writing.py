@@ -23,7 +23,7 @@ from tasks.specifications import Specification
 RECORD_SCHEMA = 2
 """1 was of one shard."""
 
-_READERS = 2
+_READERS = 1
 _WRITERS = 4  # most of a write is waiting until its bytes are safely on the disk or in the bucket
 
 

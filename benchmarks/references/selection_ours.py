@@ -7,6 +7,8 @@ before (Python and imports of this process; the workers are started while the cl
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -58,14 +60,14 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         )
         laps = [("calibrate", time.monotonic())]
 
-        def mapped(one_pass: Any, inputs: Any, config: Any, *more: Any) -> list[Any]:
-            futures = [
+        def mapped(one_pass: Any, inputs: Any, config: Any, *more: Any) -> Iterator[Any]:
+            futures = deque(
                 pool.submit(workers.run, one_pass, store, inputs.of_shards(g), g, config, *more)
                 for g in groups
-            ]
-            found = [future.result() for future in futures]
+            )
+            while futures:
+                yield futures.popleft().result()
             laps.append((one_pass.__name__, time.monotonic()))
-            return found
 
         planned = plan_selection(inputs, config, mapped)
         writing = [
