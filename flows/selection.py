@@ -21,13 +21,10 @@ from tasks.gating import close_gates
 from tasks.progress import Progress, report
 from tasks.selection_config import SelectionConfig
 from tasks.selection_passes import plan_selection
-from tasks.selection_processes import selection_workers
+from tasks.selection_processes import selection_groups, selection_workers
 from tasks.selection_rows import SelectionInputs
 from tasks.specifications import finished_result
 from tasks.stages import TASK_OPTIONS, Reference, reference, reused
-
-_SHARDS_PER_TASK = 32
-_MAX_TASKS_PER_PASS = 100
 
 _NAMES: dict[Callable[..., Any], str] = {
     selection_passes.sample_outputs: "sample-outputs",
@@ -106,14 +103,13 @@ def select_pseudo_labels(
         guard = finished_result(opened, "guard", leaks)
     corpus = load_corpus(opened, labels.inputs["corpus"].fingerprint)
     stems = [shard.stem for shard in corpus.shards]
-    size = max(_SHARDS_PER_TASK, -(-len(stems) // _MAX_TASKS_PER_PASS))
-    groups = [stems[start : start + size] for start in range(0, len(stems), size)]
+    groups = selection_groups(stems, num_rows=corpus.num_samples)
     processes = engine.processes if isinstance(engine, LocalEngine) else "auto"
     scratch = TemporaryFile(prefix="selftrain-selection-")  # noqa: SIM115 - closed with the workers
     workers = selection_workers(
         processes,
         num_rows=corpus.num_samples,
-        num_groups=len(groups),
+        groups=groups,
         descriptors=[scratch.fileno()],
     )
     runner = ThreadPoolTaskRunner(max_workers=workers.num_workers)

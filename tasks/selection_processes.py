@@ -26,8 +26,13 @@ T = TypeVar("T")
 # A worker may die of its machine; where so many die at one group, they die of the group.
 DEATHS_AT_ONE_GROUP = 3
 
-# Processes need about a second to start: below so many rows threads are sooner done.
-_ROWS_WORTH_PROCESSES = 1_000_000
+# Processes need about a second to start. Below so many shards, each of which costs Python's own
+# work, and so many rows, most of whose work threads do side by side, two threads are sooner done.
+_SHARDS_WORTH_PROCESSES, _ROWS_WORTH_PROCESSES = 300, 10_000_000
+
+_SHARDS_OF_A_GROUP, _MOST_GROUPS = 32, 100
+_SHARED_GROUPS = 32
+"""At least, of a corpus that processes share and that has as many shards."""
 
 _THREADS = 2
 _LAST_WORDS_SECONDS, _GRACE_SECONDS = 1.0, 5.0
@@ -49,6 +54,23 @@ class SelectionWorkerLost(RuntimeError):
 
 class SelectionStopped(RuntimeError):
     """The selection was stopped on request; what is recorded is kept."""
+
+
+def selection_groups(stems: Sequence[str], *, num_rows: int) -> list[list[str]]:
+    """Return the shards of a selection in groups, each carried out by one worker in one pass.
+
+    They depend on the corpus alone: a group's record is found by its shards.
+
+    Args:
+        stems: of the corpus's shards, in its order.
+        num_rows: of the corpus.
+    """
+    size = max(_SHARDS_OF_A_GROUP, -(-len(stems) // _MOST_GROUPS))
+    if _is_worth_processes(
+        len(stems), num_rows
+    ):  # else workers wait long for the last group of a pass
+        size = min(size, -(-len(stems) // _SHARED_GROUPS))
+    return [list(stems[start : start + size]) for start in range(0, len(stems), size)]
 
 
 class SelectionThreads:
@@ -161,7 +183,7 @@ def selection_workers(
     processes: int | Literal["auto"],
     *,
     num_rows: int,
-    num_groups: int,
+    groups: Sequence[Sequence[str]],
     descriptors: Sequence[int] = (),
 ) -> SelectionWorkers:
     """Return who carries out the passes of a selection; the caller closes it.
@@ -170,14 +192,18 @@ def selection_workers(
         processes: worker processes at most, of which one alone saves nothing; auto: one for each
             core, none for a small corpus.
         num_rows: of the corpus.
-        num_groups: of shards that it is selected from.
+        groups: of its shards, from `selection_groups`.
         descriptors: of open files that workers read or write under the same numbers.
     """
     if processes == "auto":
-        is_worth_processes = num_rows >= _ROWS_WORTH_PROCESSES
+        is_worth_processes = _is_worth_processes(sum(map(len, groups)), num_rows)
         processes = len(os.sched_getaffinity(0)) if is_worth_processes else 0
-    count = min(processes, num_groups)
+    count = min(processes, len(groups))
     return SelectionProcesses(count, descriptors) if count > 1 else SelectionThreads()
+
+
+def _is_worth_processes(num_shards: int, num_rows: int) -> bool:
+    return num_shards >= _SHARDS_WORTH_PROCESSES or num_rows >= _ROWS_WORTH_PROCESSES
 
 
 class _Server:

@@ -22,10 +22,9 @@ from benchmarks.references.selection_process import PeakOfAll, cpu_seconds, set_
 from storage.corpus import load_corpus
 from tasks import selection, selection_writing
 from tasks.selection_passes import plan_selection
-from tasks.selection_processes import selection_workers
+from tasks.selection_processes import selection_groups, selection_workers
 from tasks.specifications import finished_result
 
-SHARDS_PER_GROUP = 32
 VALIDATION = "a" * 64
 
 
@@ -42,14 +41,12 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
     labels = finished_result(store, "label", fingerprint)
     corpus = load_corpus(store, labels.inputs["corpus"].fingerprint)
     stems = [shard.stem for shard in corpus.shards]
-    groups = [
-        stems[start : start + SHARDS_PER_GROUP] for start in range(0, len(stems), SHARDS_PER_GROUP)
-    ]
+    groups = selection_groups(stems, num_rows=corpus.num_samples)
     scratch = TemporaryFile()  # noqa: SIM115 - closed with the workers
     workers = selection_workers(
         "auto",
         num_rows=corpus.num_samples,
-        num_groups=len(groups),
+        groups=groups,
         descriptors=[scratch.fileno()],
     )
     with memory, scratch, ThreadPoolExecutor(workers.num_workers) as pool, closing(workers):

@@ -44,7 +44,7 @@ from tasks.specifications import read_result
 def test_every_pass_runs_as_a_task_and_gives_the_bytes_of_a_plain_loop(
     lab, prefect_api, tmp_path, monkeypatch, config, processes: Literal["auto"] | int
 ):
-    monkeypatch.setattr("flows.selection._SHARDS_PER_TASK", 2)
+    monkeypatch.setattr("tasks.selection_processes._SHARDS_OF_A_GROUP", 2)
     rng = np.random.default_rng(2)
     rows = {
         shard.stem: [(str(i), int(rng.integers(3)), float(rng.uniform(0.4, 1))) for i in range(20)]

@@ -33,6 +33,7 @@ from tasks.selection_processes import (
     SelectionStopped,
     SelectionThreads,
     SelectionWorkerLost,
+    selection_groups,
     selection_workers,
 )
 from tasks.selection_rows import Rows, SelectionInputs
@@ -251,9 +252,11 @@ def test_nothing_outlives_a_run_that_is_killed(is_busy):
 
 def test_small_corpora_and_single_workers_stay_in_this_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3)))
-    few, many = 999_999, 1_000_000
+    monkeypatch.setattr(selection_processes, "SelectionProcesses", lambda count, descriptors: count)
+    few, many = 10**7 - 1, 10**7
     cases: tuple[tuple[Any, int, int, int], ...] = (
-        ("auto", few, 9, 0),
+        ("auto", few, 299, 0),
+        ("auto", few, 300, 3),
         ("auto", many, 9, 3),
         ("auto", many, 2, 2),
         ("auto", many, 1, 0),
@@ -261,11 +264,28 @@ def test_small_corpora_and_single_workers_stay_in_this_process(monkeypatch):
         (1, many, 9, 0),
         (2, few, 9, 2),
     )
-    for processes, num_rows, num_groups, expected in cases:
-        workers = selection_workers(processes, num_rows=num_rows, num_groups=num_groups)
-        with closing(workers):
-            is_here = isinstance(workers, SelectionThreads)
-            assert (0 if is_here else workers.num_workers) == expected, (processes, num_rows)
+    for processes, num_rows, num_shards, expected in cases:
+        groups = [[str(number)] for number in range(num_shards)]
+        workers = selection_workers(processes, num_rows=num_rows, groups=groups)
+        found = 0 if isinstance(workers, SelectionThreads) else workers
+        assert found == expected, (processes, num_rows, num_shards)
+
+
+def test_groups_depend_on_the_corpus_alone_and_are_many_where_processes_share_them():
+    def sizes(num_shards, num_rows):
+        stems = [f"{i:05d}" for i in range(num_shards)]
+        groups = selection_groups(stems, num_rows=num_rows)
+        assert [stem for group in groups for stem in group] == stems
+        return [len(group) for group in groups]
+
+    few, many = 1000, 10**9
+    assert sizes(5, few) == [5]
+    assert sizes(70, few) == [32, 32, 6]
+    assert sizes(6400, few) == [64] * 100
+    assert sizes(5, many) == [1] * 5
+    assert sizes(70, many) == [3] * 23 + [1]
+    assert sizes(1000, many) == [32] * 31 + [8]
+    assert sizes(6400, many) == [64] * 100
 
 
 def test_a_group_is_sent_its_own_shards_and_leaks_alone():
