@@ -66,9 +66,8 @@ def selection_groups(stems: Sequence[str], *, num_rows: int) -> list[list[str]]:
         num_rows: of the corpus.
     """
     size = max(_SHARDS_OF_A_GROUP, -(-len(stems) // _MOST_GROUPS))
-    if _is_worth_processes(
-        len(stems), num_rows
-    ):  # else workers wait long for the last group of a pass
+    if _is_worth_processes(len(stems), num_rows):
+        # Else all but one worker wait long for the last group of each pass.
         size = min(size, -(-len(stems) // _SHARED_GROUPS))
     return [list(stems[start : start + size]) for start in range(0, len(stems), size)]
 
