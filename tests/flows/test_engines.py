@@ -217,10 +217,10 @@ def test_every_worker_has_a_gpu_and_its_share_of_the_cores(
     assert [e["CUDA_VISIBLE_DEVICES"] for e in workers._environments] == ["4", "6"]
     workers.close()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    for engine, threads in ((LocalEngine(), "6"), (LocalEngine(threads=3), "3")):
+    for engine, decoders in ((LocalEngine(), "6"), (LocalEngine(threads=3), "3")):
         workers = local_workers(engine, "cuda", shards(10_000, 10))
         assert isinstance(workers, WorkerProcesses)
-        assert [e["OMP_NUM_THREADS"] for e in workers._environments] == [threads] * 2
+        assert workers._options == ["--threads", "1", "--decoders", decoders]
         workers.close()
     with pytest.raises(ValueError, match=r"3 workers, but there are 2 GPUs \(4, 6\), and no two"):
         local_workers(LocalEngine(processes=3), "cuda", shards(10_000, 10))

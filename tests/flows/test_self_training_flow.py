@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -450,6 +450,17 @@ def test_collapsed_selection_fails_the_run_with_its_table_and_goes_on_only_if_al
     assert states["select"] == "done"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT is what it is in a terminal, whatever code that ran here before has made of it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_labeling_ends_at_once_and_goes_on_where_it_was(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
