@@ -235,6 +235,7 @@ def test_a_custom_run_is_a_form_of_the_config_that_says_what_is_wrong(
 
     # Anew, since a form that was refused is not sent again (Prefect 3.8.8).
     open_form(page, shown, deployment)
+    expect(name).to_have_value(NAME)  # before that, what is filled in may be lost
     rounds.fill("2")
     name.fill("by-hand")
     submit(page)
