@@ -6,9 +6,11 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from typing import IO
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
+_SHOWN_BYTES = 4000
 
 # Loaded now: to load a library between fork and exec can deadlock in a process with threads.
 _LIBC = ctypes.CDLL(None)
@@ -22,6 +24,13 @@ def die_with_parent() -> None:
     """
     with suppress(OSError, AttributeError):
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_of_output(log: IO[bytes]) -> str:
+    """Return the end of what children have printed into a file of theirs."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - _SHOWN_BYTES))
+    return log.read().decode(errors="replace").strip() or "(nothing)"
 
 
 def stop_process_group(

@@ -227,13 +227,13 @@ def forward(
     if is_remote and not views.is_pinned():
         views = views.pin_memory()
     images = views.to(classifier.device, non_blocking=is_remote)
+    num_images = None
     if filled_to > len(views):
-        copies = images[-1:].expand(filled_to - len(views), *images.shape[1:])
+        num_images = len(views)
+        copies = images[-1:].expand(filled_to - num_images, *images.shape[1:])
         images = torch.cat([images, copies])
     # (B, S, S, 3) uint8 is (B, 3, S, S) in channels-last memory: no copy.
     log_probs, log_sums = log_probabilities(
-        classifier.ready(precision),
-        images.permute(0, 3, 1, 2),
-        num_images=len(views) if filled_to > len(views) else None,
+        classifier.ready(precision), images.permute(0, 3, 1, 2), num_images=num_images
     )
     return log_probs.cpu().numpy(), log_sums.cpu().numpy()

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from tasks.children import die_with_parent
+from tasks.children import die_with_parent, end_of_output
 from tasks.label_jobs import LabelJob, label_group
 from tasks.labeling import LabelingStopped
 
@@ -97,14 +97,12 @@ class WorkerProcesses:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(num_workers):
             self._free.put(slot)
-        self._environments = [
-            _environment(1 if gpus else threads, gpus[i] if gpus else "")
-            for i in range(num_workers)
-        ]
         # Beside a GPU the cores are for decoding, by processes of each worker's own.
-        self._options = (
-            ["--threads", "1", "--decoders", str(threads)] if gpus else ["--threads", str(threads)]
-        )
+        threads, decoders = (1, threads) if gpus else (threads, 0)
+        self._environments = [
+            _environment(threads, gpus[i] if gpus else "") for i in range(num_workers)
+        ]
+        self._options = ["--threads", str(threads), "--decoders", str(decoders)]
         # Children die with the thread that forked them (PR_SET_PDEATHSIG): all are forked by this
         # one, which lives until `close`.
         self._forking = ThreadPoolExecutor(1, thread_name_prefix="fork-label-workers")
@@ -294,9 +292,7 @@ class _Worker:
 
     def end_of_output(self) -> str:
         """Return the end of what it printed."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 4000))
-        return self._log.read().decode(errors="replace").strip() or "(nothing)"
+        return end_of_output(self._log)
 
 
 def _environment(threads: int, gpu: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any, Literal, TypeVar
 
-from tasks.children import die_with_parent
+from tasks.children import die_with_parent, end_of_output
 
 T = TypeVar("T")
 
@@ -224,9 +224,7 @@ class _Server:
         """Return the end of what was printed, and of what ended workers."""
         with suppress(subprocess.TimeoutExpired):  # where other workers live
             self._process.wait(_LAST_WORDS_SECONDS)
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 4000))
-        return self._log.read().decode(errors="replace").strip() or "(nothing)"
+        return end_of_output(self._log)
 
 
 class _Worker:
