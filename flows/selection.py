@@ -118,12 +118,14 @@ def select_pseudo_labels(
         inputs = selection.begin(opened, specification, labels)  # while processes start
         inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
 
-        def submitted(function: Callable[..., Any], arguments: _ArgumentsOf) -> deque[Any]:
+        def submitted(
+            run: Callable[..., Any], function: Callable[..., Any], arguments: _ArgumentsOf
+        ) -> deque[Any]:
             name = _NAMES[function]
             return deque(
                 runner.submit(
                     _TASKS[name].with_options(task_run_name=f"{name} · {_group_name(group)}"),
-                    {"work": partial(workers.run, function, *arguments(group))},
+                    {"work": partial(run, function, *arguments(group))},
                 )
                 for group in groups
             )
@@ -132,7 +134,9 @@ def select_pseudo_labels(
             one_pass: Any, inputs: SelectionInputs, config: SelectionConfig, *more: Any
         ) -> Iterator[Any]:
             futures = submitted(
-                one_pass, lambda group: (opened, inputs.of_shards(group), group, config, *more)
+                workers.run_at_once,
+                one_pass,
+                lambda group: (opened, inputs.of_shards(group), group, config, *more),
             )
             while futures:  # what was merged is not kept: a histogram may be of megabytes
                 yield futures.popleft().result()
@@ -143,6 +147,7 @@ def select_pseudo_labels(
         )
         planned = plan_selection(inputs, config, mapped)
         writing = submitted(
+            workers.run,
             selection_writing.write_selections,
             lambda group: (
                 *(opened, specification, planned.inputs.of_shards(group)),

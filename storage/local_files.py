@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import os
+import threading
 import time
 import uuid
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -21,13 +23,7 @@ _REMEDIES = {
 }
 
 
-def write_atomically(
-    path: Path,
-    data: bytes | bytearray | memoryview,
-    *,
-    exclusive: bool,
-    is_folder_synced: bool = True,
-) -> None:
+def write_atomically(path: Path, data: bytes | bytearray | memoryview, *, exclusive: bool) -> None:
     """Write a file that other processes see whole or not at all, and that survives a power cut.
 
     The bytes go to a temporary file in the same folder, which is synced and then linked
@@ -38,14 +34,12 @@ def write_atomically(
         path: parent folders are created.
         data: the whole contents.
         exclusive: fail if the file is there; otherwise replace it.
-        is_folder_synced: False leaves it to `sync_folder`, once for many files: until then a power
-            cut may take the name away again.
 
     Raises:
         FileExistsError: exclusive, and the file is there. Of several writers exactly one wins.
         OSError: with the errno of the cause, the final path and what to do about it.
     """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    temporary = _temporary_of(path)
     try:
         _make_folder(path.parent)
         try:
@@ -57,12 +51,85 @@ def write_atomically(
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        if is_folder_synced:
-            sync_folder(path.parent)
+        _sync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
         raise explained(error, path, f"cannot write {len(data)} bytes") from error
+
+
+class FilesTogether:
+    """Files that are written one by one, and of which other processes see none before `commit`.
+
+    A sync waits for the disk, and with most file systems for all that was written before. So the
+    disk begins to write each file at once, and all are synced at the end: of many small files that
+    takes less than half as long as syncing each when it is written. Safe to share between threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._written: list[tuple[int, Path, Path]] = []
+
+    def write(self, path: Path, data: bytes | bytearray | memoryview) -> None:
+        """Write a file of a name that tells its content; it appears with `commit`.
+
+        Raises: OSError, with the errno of the cause, the final path and what to do about it.
+        """
+        temporary = _temporary_of(path)
+        with _telling(path, f"cannot write {len(data)} bytes"):
+            _make_folder(path.parent)
+            written = _create(temporary), temporary, path
+            try:
+                with os.fdopen(written[0], "wb", closefd=False) as file:
+                    file.write(data)
+                # Linux begins to write out what is said to be of no more use.
+                os.posix_fadvise(written[0], 0, 0, os.POSIX_FADV_DONTNEED)
+            except BaseException:
+                _remove([written])
+                raise
+        with self._lock:
+            self._written.append(written)
+
+    def commit(self) -> None:
+        """Make safe what was written, then visible. Raises: OSError as `write` does."""
+        with self._lock:
+            files, self._written = self._written, []
+        remaining = list(files)
+        try:
+            for descriptor, _, path in files:
+                with _telling(path, "cannot make a file safe"):
+                    os.fsync(descriptor)
+            for descriptor, temporary, path in files:
+                with _telling(path, "cannot name a file"):
+                    os.replace(temporary, path)
+                os.close(descriptor)
+                remaining.pop(0)
+            for folder in {path.parent for _, _, path in files}:
+                with _telling(folder, "cannot make a folder safe"):
+                    _sync_folder(folder)
+        finally:
+            _remove(remaining)
+
+    def discard(self) -> None:
+        """Remove what was written and not committed."""
+        with self._lock:
+            files, self._written = self._written, []
+        _remove(files)
+
+
+def _remove(files: Sequence[tuple[int, Path, Path]]) -> None:
+    for descriptor, temporary, _ in files:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def _telling(path: Path, what: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, path, what) from error
 
 
 def explained(error: OSError, path: Path, what: str) -> OSError:
@@ -91,10 +158,17 @@ def leftovers(folder: Path, *, older_than_seconds: float) -> list[Path]:
     return [file for _, file in sorted(found)]
 
 
-def _write_synced(path: Path, data: bytes | bytearray | memoryview) -> None:
+def _temporary_of(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+
+
+def _create(path: Path) -> int:
     # os.open, not tempfile: the file's mode then follows the user's umask.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _write_synced(path: Path, data: bytes | bytearray | memoryview) -> None:
+    with os.fdopen(_create(path), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -122,10 +196,10 @@ def _make_folder(folder: Path) -> None:
     # Another writer may create it in between; a file of that name fails below, in open().
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
-        sync_folder(folder.parent)
+        _sync_folder(folder.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Have the names of the files in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from storage import crash_points
 from storage.addresses import canonical_json, canonical_json_of_parsed, sha256_hex
 from storage.objects import CHECKSUM_READS
-from storage.store import CorruptObject, Store
+from storage.store import CorruptObject, ObjectsTogether, Store
 
 MANIFEST_SCHEMA = 1
 _FORBID_EXTRA = ConfigDict(extra="forbid")
@@ -168,14 +168,13 @@ def read_record(store: Store, path: str) -> dict[str, Any] | None:
 
 
 def put_object(
-    store: Store,
+    store: Store | ObjectsTogether,
     folder: str,
     name: str,
     data: bytes | bytearray | memoryview,
     suffix: str,
     *,
     crash_kind: str | None = None,
-    is_folder_synced: bool = True,
 ) -> StoredObject:
     """Write a data object as ``<folder>/<name>-<sha256>.<suffix>`` and return its reference.
 
@@ -186,13 +185,12 @@ def put_object(
         data: the whole contents.
         suffix: without the dot.
         crash_kind: the stage's kind; reaches the crash point ``<kind>.before_data``.
-        is_folder_synced: False where `Store.sync_folder` follows, once for many objects.
     """
     if crash_kind is not None:
         crash_points.reach(f"{crash_kind}.before_data")
     sha256 = sha256_hex(data)
     path = f"{folder}/{name}-{sha256}.{suffix}"
-    store.put(path, data, is_folder_synced=is_folder_synced)
+    store.put(path, data)
     return StoredObject(name, path, len(data), sha256)
 
 

@@ -105,6 +105,19 @@ def open_object(url: str, *, size: int, policy: RetryPolicy | None = None) -> Bi
     return cast("BinaryIO", io.BufferedReader(_Ranges(read_range, size), _RANGE_BUFFER_BYTES))
 
 
+def read_soon(url: str) -> None:
+    """Have a local disk begin to read a file into memory; nothing where there is none."""
+    path = local_path(url)
+    if path is None:
+        return
+    with contextlib.suppress(OSError):  # whoever reads it finds out
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
+
 class _Ranges(io.RawIOBase):
     """An object as a file, each read a request of its own."""
 
@@ -140,7 +153,6 @@ def write_object(
     data: bytes | bytearray | memoryview,
     mode: WriteMode = "immutable",
     *,
-    is_folder_synced: bool = True,
     policy: RetryPolicy | None = None,
 ) -> None:
     """Write an object whole or not at all.
@@ -151,7 +163,6 @@ def write_object(
         mode: ``immutable``: the name holds the checksum, so writing it again is harmless (and
             mends a damaged object). ``create``: fail if it is there. ``replace``: a view that may
             change.
-        is_folder_synced: False on a local disk leaves a part of the work to `sync_folder`.
         policy: how long to go on trying; None reads the environment.
 
     Raises:
@@ -164,9 +175,7 @@ def write_object(
         raise ValueError(f"{url}: an empty object cannot be created exclusively")
     scheme, path = split_url(url)
     if scheme == "file":
-        local_files.write_atomically(
-            Path(path), data, exclusive=mode == "create", is_folder_synced=is_folder_synced
-        )
+        local_files.write_atomically(Path(path), data, exclusive=mode == "create")
         return
     file_system = file_system_of(scheme)
     payload = bytes(data)
@@ -180,13 +189,6 @@ def write_object(
             _create(file_system, path, payload, url)
 
     _run(write, "write", url, policy)
-
-
-def sync_folder(url_folder: str) -> None:
-    """Make safe what was written into a folder without syncing it; nothing where no disk is."""
-    folder = local_path(url_folder)
-    if folder is not None:
-        local_files.sync_folder(folder)
 
 
 def object_exists(url: str, *, policy: RetryPolicy | None = None) -> bool:

@@ -4,7 +4,7 @@ The stored files hold in-shard keys and class numbers, because corpora share the
 reader without a store needs. All other columns are passed on as they are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from storage.parquet_files import arrow, write_table
 from storage.samples import sample_key
-from storage.selections import Reason
+from storage.selections import Reason, Selection, selection_columns
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +35,7 @@ def published_predictions(
             bytes.
     """
     table = _read(data)
-    columns = _named(table, stem, class_names)
+    columns = _named({n: table.column(n) for n in ("key", "label")}, stem, class_names)
     for name in table.column_names:
         # What is known of the truth is for diagnosis; these files are trained on.
         if name in ("key", "label", "true_label"):
@@ -48,35 +48,33 @@ def published_predictions(
 
 
 def published_selection(
-    data: bytes,
+    selection: Selection,
     *,
     stem: str,
     class_names: Sequence[str],
     confidences: NDArray[np.float32],
     has_rejected: bool = False,
 ) -> bytes:
-    """Return a shard's stored selection as a file to give away.
+    """Return the selection of a shard as a file to give away.
 
     Args:
-        data: the stored Parquet file, already checked.
+        selection: of the shard.
         stem: of the shard, which goes before every key.
         class_names: by class number.
-        confidences: (N,) in the file's order, as the threshold saw them.
+        confidences: (N,) in the selection's order, as the threshold saw them.
         has_rejected: keep the rejected rows, too, with the columns `kept` and `reason` (a name).
     """
-    table = _read(data)
-    columns = _named(table, stem, class_names)
+    stored = selection_columns(selection)
+    columns = _named(stored, stem, class_names)
     columns["confidence"] = arrow.array(confidences, type=arrow.float32())
-    names = [name for name in table.column_names if name not in ("key", "label", "kept", "reason")]
-    is_hard = len(table.column("target_ids").combine_chunks().flatten()) == 0
-    for name in names:
-        if not (is_hard and name in _TARGET_COLUMNS):
-            columns[name] = table.column(name)
-    kept = table.column("kept")
+    columns["copies"] = stored["copies"]
+    columns["weight"] = arrow.array(selection.weight)
+    columns |= {name: stored[name] for name in _TARGET_COLUMNS if name in stored}
+    kept = arrow.array(selection.kept)
     if has_rejected:
         reasons = {int(reason): reason.name.lower() for reason in Reason}
         columns["kept"] = kept
-        columns["reason"] = arrow.array([reasons[n] for n in table.column("reason").to_pylist()])
+        columns["reason"] = arrow.array([reasons[n] for n in selection.reason.tolist()])
         return _written(columns)
     return _written(columns, kept)
 
@@ -85,11 +83,11 @@ def _read(data: bytes) -> Any:
     return _pq.ParquetFile(arrow.BufferReader(data), page_checksum_verification=True).read()
 
 
-def _named(table: Any, stem: str, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the columns that every published file begins with."""
-    label = table.column("label")
+def _named(stored: Mapping[str, Any], stem: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the columns that every published file begins with, made of stored ones."""
+    label = stored["label"]
     return {
-        "key": arrow.array([sample_key(stem, key) for key in table.column("key").to_pylist()]),
+        "key": arrow.array([sample_key(stem, key) for key in stored["key"].to_pylist()]),
         "label": arrow.array([class_names[number] for number in label.to_pylist()]),
         "label_id": label,
     }

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.key_columns import KeyColumn
-from storage.parquet_files import arrow, column, read_table, write_table
+from storage.parquet_files import arrow, column, column_names, read_table, write_table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Columns that say nothing of any row are left out; 1 had all of them, and `kept`."""
+
 MAX_COPIES = 2**16 - 1
 
 
@@ -29,36 +31,40 @@ class Reason(IntEnum):
     QUARANTINED = 5
 
 
-SCHEMA: Any = arrow.schema(
-    [
-        arrow.field("key", arrow.string(), nullable=False),
-        arrow.field("kept", arrow.bool_(), nullable=False),
-        arrow.field("reason", arrow.int8(), nullable=False),
-        arrow.field("copies", arrow.uint16(), nullable=False),
-        arrow.field("weight", arrow.float32(), nullable=False),
-        arrow.field("label", arrow.uint32(), nullable=False),
-        arrow.field(
-            "target_ids",
-            arrow.list_(arrow.field("element", arrow.uint32(), nullable=False)),
-            nullable=False,
-        ),
-        arrow.field(
-            "target_log_probs",
-            arrow.list_(arrow.field("element", arrow.float16(), nullable=False)),
-            nullable=False,
-        ),
-        arrow.field("rest_mass", arrow.float32(), nullable=False),
-    ],
-    metadata={"selftrain.selection": str(SCHEMA_VERSION)},
-)
+_FIELDS: dict[str, Any] = {
+    "key": arrow.string(),
+    "reason": arrow.int8(),
+    "copies": arrow.uint16(),
+    "label": arrow.uint32(),
+    "weight": arrow.float32(),
+    "target_ids": arrow.list_(arrow.field("element", arrow.uint32(), nullable=False)),
+    "target_log_probs": arrow.list_(arrow.field("element", arrow.float16(), nullable=False)),
+    "rest_mass": arrow.float32(),
+}
+_ALWAYS = ("key", "reason", "copies", "label")
+_TARGETS = ("target_ids", "target_log_probs", "rest_mass")
 _SCALARS = ("kept", "reason", "copies", "weight", "label", "rest_mass")
-# LZ4 takes half the time of zstd and twice the bytes, but for keys, which it leaves nine times as
-# long, and for soft targets, which are most of their file. A higher level saves nothing.
-_TARGETS = ("target_ids.list.element", "target_log_probs.list.element")
-_COMPRESSION: dict[str, str] = {"key": "zstd"} | dict.fromkeys((*_SCALARS, *_TARGETS), "lz4")
-_LEVELS: dict[str, int] = {"key": 1}
-_COMPRESSION_OF_SOFT = _COMPRESSION | dict.fromkeys(_TARGETS, "zstd")
-_LEVELS_OF_SOFT = _LEVELS | dict.fromkeys(_TARGETS, 1)
+_TYPES_OF_SCALARS = {name: _FIELDS.get(name, arrow.bool_()) for name in _SCALARS}
+# Of version 1, which is read as before: all columns, and one more that follows from `reason`.
+_FIELDS_OF_1 = ("key", "kept", "reason", "copies", "weight", "label", *_TARGETS)
+# Classes and weights of rows are no shorter compressed, soft targets most of their file. For the
+# rest LZ4 takes half the time of zstd.
+_COMPRESSION = {
+    "key": "lz4",
+    "reason": "lz4",
+    "copies": "lz4",
+    "label": "none",
+    "weight": "none",
+    "target_ids.list.element": "zstd",
+    "target_log_probs.list.element": "zstd",
+    "rest_mass": "lz4",
+}
+_LEVELS = {"target_ids.list.element": 1, "target_log_probs.list.element": 1}
+
+
+def _schema(names: Sequence[str], version: int = SCHEMA_VERSION) -> Any:
+    fields = [arrow.field(n, _FIELDS.get(n, arrow.bool_()), nullable=False) for n in names]
+    return arrow.schema(fields, metadata={"selftrain.selection": str(version)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +235,10 @@ def check_selection(selection: Selection) -> None:
     """
     s = selection
     n = s.num_samples
-    for field in SCHEMA:
-        if field.name in _SCALARS:
-            values = cast("NDArray[Any]", getattr(s, field.name))
-            if values.shape != (n,) or values.dtype != np.dtype(field.type.to_pandas_dtype()):
-                raise ValueError(
-                    f"{field.name} must be ({n},) {field.type}, not {values.shape} {values.dtype}"
-                )
+    for name, kind in _TYPES_OF_SCALARS.items():
+        values = cast("NDArray[Any]", getattr(s, name))
+        if values.shape != (n,) or values.dtype != np.dtype(kind.to_pandas_dtype()):
+            raise ValueError(f"{name} must be ({n},) {kind}, not {values.shape} {values.dtype}")
     if s.target_offsets.shape != (n + 1,) or s.target_offsets[0] != 0:
         raise ValueError(f"target_offsets must be ({n + 1},) from 0, not {s.target_offsets.shape}")
     num_values = int(s.target_offsets[-1])
@@ -265,28 +268,41 @@ def check_selection(selection: Selection) -> None:
             )
 
 
+def selection_columns(selection: Selection) -> dict[str, Any]:
+    """Return name -> arrow array of what a selection says of its rows, in the order of the schema.
+
+    `weight` is left out where it is 1 for all that are kept, and targets where all are hard.
+    """
+    names: list[str] = [*_ALWAYS]
+    if not np.array_equal(selection.weight, selection.kept):
+        names.append("weight")
+    if len(selection.target_ids) or selection.rest_mass.any():
+        names += _TARGETS
+    offsets = arrow.array(selection.target_offsets.astype(np.int32)) if "rest_mass" in names else 0
+    columns: dict[str, Any] = {}
+    for name in names:
+        kind, values = _FIELDS[name], getattr(selection, "keys" if name == "key" else name)
+        if arrow.types.is_list(kind):
+            values = arrow.array(values, type=kind.value_type)
+            columns[name] = arrow.ListArray.from_arrays(offsets, values, type=kind)
+        elif isinstance(values, KeyColumn):
+            columns[name] = values.values
+        else:
+            columns[name] = arrow.array(values, type=kind)
+    return columns
+
+
 def to_parquet(selection: Selection) -> bytes:
     """Return the file's bytes, the same for the same selection."""
     check_selection(selection)
-    offsets = arrow.array(selection.target_offsets.astype(np.int32))
-    columns: list[Any] = []
-    for field in SCHEMA:
-        if field.name == "key":
-            keys = selection.keys
-            is_column = isinstance(keys, KeyColumn)
-            columns.append(keys.values if is_column else arrow.array(keys, type=field.type))
-        elif field.name in _SCALARS:
-            columns.append(arrow.array(getattr(selection, field.name), type=field.type))
-        else:
-            values = arrow.array(getattr(selection, field.name), type=field.type.value_type)
-            columns.append(arrow.ListArray.from_arrays(offsets, values, type=field.type))
-    table = arrow.Table.from_arrays(columns, schema=SCHEMA)
-    is_soft = len(selection.target_ids) > 0
+    columns = selection_columns(selection)
+    table = arrow.Table.from_arrays(list(columns.values()), schema=_schema(list(columns)))
+    paths = {n for n in _COMPRESSION if n.split(".")[0] in columns}
     # Read whole, by the sha256, and by nobody who would skip rows by their statistics.
     return write_table(
         table,
-        compression=_COMPRESSION_OF_SOFT if is_soft else _COMPRESSION,
-        compression_level=_LEVELS_OF_SOFT if is_soft else _LEVELS,
+        compression={path: _COMPRESSION[path] for path in paths},
+        compression_level={path: _LEVELS[path] for path in paths if path in _LEVELS},
         has_statistics=False,
         has_checksums=False,
     )
@@ -297,21 +313,48 @@ def from_parquet(data: bytes, *, num_samples: int, where: str = "selection") -> 
 
     Raises: ValueError, naming `where`, for another schema or count and for contradictions.
     """
-    table = read_table(data, schema=SCHEMA, num_rows=num_samples, where=where)
-    ids = table.column("target_ids").combine_chunks()
-    values = table.column("target_log_probs").combine_chunks()
-    lengths = np.asarray(ids.value_lengths().to_numpy(zero_copy_only=False), np.int64)
-    if not np.array_equal(lengths, values.value_lengths().to_numpy(zero_copy_only=False)):
-        raise ValueError(f"{where}: target_ids and target_log_probs differ in length")
+    table = read_table(
+        data, schema=_schema_of(column_names(data, where=where)), num_rows=num_samples, where=where
+    )
+    n = num_samples
+    found: dict[str, Any] = {n: column(table, n) for n in table.column_names if n in _SCALARS}
+    kept = found["reason"] == Reason.KEPT
+    absent: dict[str, Any] = {
+        "kept": kept,
+        "weight": kept.astype(np.float32),
+        "rest_mass": np.zeros(n, np.float32),
+    }
+    offsets, ids, values = (
+        np.zeros(n + 1, np.int64),
+        np.zeros(0, np.uint32),
+        np.zeros(0, np.float16),
+    )
+    if "rest_mass" in found:
+        lists, of_values = (table.column(name).combine_chunks() for name in _TARGETS[:2])
+        lengths = np.asarray(lists.value_lengths().to_numpy(zero_copy_only=False), np.int64)
+        if not np.array_equal(lengths, of_values.value_lengths().to_numpy(zero_copy_only=False)):
+            raise ValueError(f"{where}: target_ids and target_log_probs differ in length")
+        np.cumsum(lengths, out=offsets[1:])
+        ids = lists.flatten().to_numpy(zero_copy_only=False)
+        values = of_values.flatten().to_numpy(zero_copy_only=False)
     selection = Selection(
         keys=tuple(cast("list[str]", table.column("key").to_pylist())),
-        target_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        target_ids=ids.flatten().to_numpy(zero_copy_only=False),
-        target_log_probs=values.flatten().to_numpy(zero_copy_only=False),
-        **{name: column(table, name) for name in _SCALARS},
+        target_offsets=offsets,
+        target_ids=ids,
+        target_log_probs=values,
+        **absent | found,
     )
     try:
         check_selection(selection)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return selection
+
+
+def _schema_of(names: Sequence[str]) -> Any:
+    """Return what a file with these columns must have as its schema."""
+    if "kept" in names:
+        return _schema(_FIELDS_OF_1, version=1)
+    has_targets = any(name in names for name in _TARGETS)
+    wanted = [*_ALWAYS, *(["weight"] if "weight" in names else []), *(_TARGETS * has_targets)]
+    return _schema(wanted)

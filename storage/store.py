@@ -5,6 +5,7 @@ import errno
 import hashlib
 import re
 import uuid
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -13,7 +14,14 @@ from storage import local_files, objects
 from storage.objects import CorruptObject, ObjectStat, join_url
 from storage.retries import RetriesExhausted, RetryPolicy
 
-__all__ = ["CorruptObject", "Store", "StoreNotWritable", "conditional_create_works", "open_store"]
+__all__ = [
+    "CorruptObject",
+    "ObjectsTogether",
+    "Store",
+    "StoreNotWritable",
+    "conditional_create_works",
+    "open_store",
+]
 
 _PATH = re.compile(r"[A-Za-z0-9._/=-]{1,512}")
 _CHECK_SECONDS = 20.0
@@ -34,6 +42,11 @@ class Store:
 
     url: str
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder."""
+        return objects.local_path(self.url) is not None
+
     def url_of(self, path: str) -> str:
         """Return the URL of a path in the store."""
         return join_url(self.url, checked_path(path))
@@ -52,6 +65,10 @@ class Store:
         """
         return objects.open_object(self.url_of(path), size=size)
 
+    def read_soon(self, path: str) -> None:
+        """Have a local disk begin to read an object that is read soon; nothing on other stores."""
+        objects.read_soon(self.url_of(path))
+
     def exists(self, path: str) -> bool:
         """Return whether there is an object under this path."""
         return objects.object_exists(self.url_of(path))
@@ -60,24 +77,22 @@ class Store:
         """Return size and version of an object; FileNotFoundError if there is none."""
         return objects.stat_object(self.url_of(path))
 
-    def put(
-        self, path: str, data: bytes | bytearray | memoryview, *, is_folder_synced: bool = True
-    ) -> None:
-        """Write an object whose name tells its content: writing it again is harmless.
+    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        """Write an object whose name tells its content: writing it again is harmless."""
+        objects.write_object(self.url_of(path), data, "immutable")
 
-        Args:
-            path: where to.
-            data: the whole contents.
-            is_folder_synced: False where `sync_folder` follows, once for many objects of a folder:
-                before it they are not safe from a power cut.
+    @contextlib.contextmanager
+    def writing_together(self) -> "Generator[ObjectsTogether]":
+        """Have many objects put for less than one by one: they are there when this is left.
+
+        Left by an error, those that were not committed are not there, or not all of them.
         """
-        objects.write_object(
-            self.url_of(path), data, "immutable", is_folder_synced=is_folder_synced
-        )
-
-    def sync_folder(self, folder: str) -> None:
-        """Make safe the objects directly below a folder that were put without syncing it."""
-        objects.sync_folder(self.url_of(folder))
+        files = local_files.FilesTogether()
+        try:
+            yield (together := ObjectsTogether(self, files))
+            together.commit()
+        finally:
+            files.discard()
 
     def create(self, path: str, data: bytes) -> bytes:
         """Write an object if none is there, and return what is there now: that is the truth.
@@ -125,6 +140,26 @@ class Store:
     def fetch_file(self, path: str, local: Path, sha256: str) -> None:
         """Write a verified object to a local file, whole or not at all."""
         local_files.write_atomically(local, self.read(path, sha256=sha256), exclusive=False)
+
+
+class ObjectsTogether:
+    """Puts objects that need not be there before all of them are: see `Store.writing_together`."""
+
+    def __init__(self, store: Store, files: local_files.FilesTogether) -> None:
+        """Take the store and what writes files of a local one."""
+        self._store, self._files = store, files
+
+    def put(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        """Write an object as `Store.put` does; on a local disk it is there after `commit`."""
+        local = objects.local_path(self._store.url_of(path))
+        if local is None:
+            self._store.put(path, data)
+        else:
+            self._files.write(local, data)
+
+    def commit(self) -> None:
+        """Have all be there, safe from a power cut, that were put before."""
+        self._files.commit()
 
 
 def open_store(url: str, *, check_writable: bool = False) -> Store:

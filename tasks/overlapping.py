@@ -20,8 +20,12 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R], *, threads: int = 1) 
     Args:
         items: what to read.
         read: called from threads.
-        threads: that read, and so items that are held besides the one in use.
+        threads: that read, and so items that are held besides the one in use; 0: each item is read
+            by the caller's thread when it is due.
     """
+    if threads == 0:
+        yield from map(read, items)
+        return
     with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
         following: deque[Future[R]] = deque()
         for item in items:
@@ -51,8 +55,12 @@ def write_behind(items: Iterable[T], write: Callable[[T], R], *, threads: int = 
     Args:
         items: what to write.
         write: called from threads.
-        threads: that write, and so items that are held besides the one that is made.
+        threads: that write, and so items that are held besides the one that is made; 0: each item
+            is written by the caller's thread before the next is made.
     """
+    if threads == 0:
+        yield from map(write, items)
+        return
     with ThreadPoolExecutor(threads, thread_name_prefix="write-behind") as pool:
         pending: deque[Future[R]] = deque()
         try:

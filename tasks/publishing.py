@@ -212,16 +212,17 @@ def publish_selection(
         predictions = read_predictions(store, prediction_record(store, labeler, part.digest))
         _, confidences = judged(predictions, summary)
         stored = objects[part.digest]
-        data = read_stored(store, stored)
-        keys = from_parquet(
-            data, num_samples=predictions.num_samples, where=store.url_of(stored.path)
-        ).keys
+        chosen = from_parquet(
+            read_stored(store, stored),
+            num_samples=predictions.num_samples,
+            where=store.url_of(stored.path),
+        )
         by_key = dict(zip(predictions.keys, confidences.tolist(), strict=True))
         return published_selection(
-            data,
+            chosen,
             stem=part.stem,
             class_names=class_names,
-            confidences=np.array([by_key[key] for key in keys], np.float32),
+            confidences=np.array([by_key[key] for key in chosen.keys], np.float32),
             has_rejected=has_rejected,
         )
 

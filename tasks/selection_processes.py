@@ -81,6 +81,8 @@ class SelectionThreads:
         """Return `function(*arguments)`. Raises: what it raises."""
         return function(*arguments)
 
+    run_at_once = run
+
     def close(self) -> None:
         """Nothing runs."""
 
@@ -107,6 +109,7 @@ class SelectionProcesses:
         # one, which lives until `close`.
         self._forking = ThreadPoolExecutor(1, thread_name_prefix="fork-selection-workers")
         self._free: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        self._in_this_process = threading.Lock()
         for worker in self._started(num_workers):
             self._free.put(worker)
 
@@ -149,6 +152,21 @@ class SelectionProcesses:
             " recorded is kept, and the next run goes on there\n--- end of their output ---\n"
             f"{last_server and last_server.end_of_output()}"
         )
+
+    def run_at_once(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Do as `run` does, but for what harms nobody in this process: call it here at the start.
+
+        While workers start, which one core does, one thread at a time need not wait for them.
+        """
+        worker = self._free.get()
+        self._free.put(worker)
+        is_ready = worker is None or worker.is_ready()
+        if is_ready or not self._in_this_process.acquire(blocking=False):
+            return self.run(function, *arguments)
+        try:
+            return function(*arguments)
+        finally:
+            self._in_this_process.release()
 
     def close(self) -> None:
         """End all workers, at once: what they have not recorded is done again the next time."""
@@ -232,9 +250,17 @@ class _Worker:
 
     def __init__(self, connection: Connection, server: _Server) -> None:
         self.connection, self.server = connection, server
+        self._has_begun = False
+
+    def is_ready(self) -> bool:
+        """Return whether an order would be carried out, or fail, at once."""
+        return self._has_begun or self.connection.poll()
 
     def ask(self, order: bytes) -> Any:
         """Return the answer to an order. Raises: EOFError, OSError if the worker dies over it."""
+        if not self._has_begun:
+            self.connection.recv_bytes()
+            self._has_begun = True
         self.connection.send_bytes(order)
         return pickle.loads(self.connection.recv_bytes())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,10 @@ from tasks.specifications import Specification
 RECORD_SCHEMA = 2
 """1 was of one shard."""
 
-_READERS = 1
-_WRITERS = 4  # most of a write is waiting until its bytes are safely on the disk or in the bucket
+# Of a store that answers over a network. On a local disk a file is read and written without
+# waiting, which threads beside this one would only slow down.
+_READERS, _WRITERS = 1, 4
+_COMMITTED_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +80,27 @@ def write_selections(
 
     def write(made: _Made) -> tuple[WrittenShard, ShardCounts]:
         stored = put_object(
-            store,
+            together,
             specification.folder,
             made.digest,
             made.data,
             "parquet",
             crash_kind="select",
-            is_folder_synced=False,
         )
         items = made.counts.items
         return WrittenShard(made.stem, stored, items, made.listed_targets), made.counts
 
     making = _make(store, inputs, stems, config, plan)
+    writers = 0 if store.is_local else _WRITERS
     written: list[WrittenShard] = []
     total: ShardCounts | None = None
-    for shard, counts in write_behind(making, write, threads=_WRITERS):
-        written.append(shard)
-        total = counts if total is None else total + counts
+    with store.writing_together() as together:
+        for shard, counts in write_behind(making, write, threads=writers):
+            written.append(shard)
+            total = counts if total is None else total + counts
+            if len(written) % _COMMITTED_TOGETHER == 0:  # each is an open file until then
+                together.commit()
     assert total is not None, "a group holds at least one shard"
-    store.sync_folder(specification.folder)
     crash_points.reach("select.between_data_and_record")
     body = {
         "schema": RECORD_SCHEMA,
@@ -151,12 +156,15 @@ def _make(
     plan: FinishedPlan,
 ) -> Iterator[_Made]:
     """Yield the selections of some shards, the predictions of the next ones read ahead."""
+    following = dict(pairwise(stems))
 
     def read(stem: str) -> Rows:
+        if stem in following:
+            store.read_soon(inputs.shards[following[stem]].stored.path)
         # The one pass that reads files whole: each is checked before its selection is committed.
         return Rows.read(store, inputs, stem, to_write=True)
 
-    for rows in read_ahead(stems, read, threads=_READERS):
+    for rows in read_ahead(stems, read, threads=0 if store.is_local else _READERS):
         assert rows.true_labels is not None, "read to write"
         selection, item_classes = _select(rows, plan, inputs, config)
         counts = ShardCounts.of(

@@ -59,7 +59,9 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
 
         def mapped(one_pass: Any, inputs: Any, config: Any, *more: Any) -> Iterator[Any]:
             futures = deque(
-                pool.submit(workers.run, one_pass, store, inputs.of_shards(g), g, config, *more)
+                pool.submit(
+                    workers.run_at_once, one_pass, store, inputs.of_shards(g), g, config, *more
+                )
                 for g in groups
             )
             while futures:

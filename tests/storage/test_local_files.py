@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from storage import local_files
-from storage.local_files import leftovers, write_atomically
+from storage.local_files import FilesTogether, leftovers, write_atomically
 from storage.objects import list_objects
 
 
@@ -99,6 +99,60 @@ def test_a_really_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         write_atomically(tmp_path / "file", b"x" * 50_000, exclusive=False)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == []
+
+
+def test_files_written_together_appear_together(tmp_path: Path):
+    files = FilesTogether()
+    for name in ("a", "b"):
+        files.write(tmp_path / "folder" / name, name.encode() * 10_000)
+    assert all(file.name.startswith(".tmp-") for file in (tmp_path / "folder").iterdir())
+    files.commit()
+    assert sorted(os.listdir(tmp_path / "folder")) == ["a", "b"]
+    assert (tmp_path / "folder" / "b").read_bytes() == b"b" * 10_000
+    files.discard()
+    files.commit()
+    assert sorted(os.listdir(tmp_path / "folder")) == ["a", "b"]
+
+
+def test_files_that_are_not_committed_are_gone(tmp_path: Path):
+    files = FilesTogether()
+    files.write(tmp_path / "file", b"bytes")
+    num_open = len(os.listdir("/proc/self/fd"))
+    files.discard()
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == num_open - 1
+
+
+def test_files_of_which_one_cannot_be_made_safe_do_not_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = FilesTogether()
+    for name in ("a", "b"):
+        files.write(tmp_path / name, b"bytes")
+    synced: list[int] = []
+
+    def fail_second(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(local_files.os, "fsync", fail_second)
+    with pytest.raises(OSError, match=r"file safe.*the disk is full.*/b"):
+        files.commit()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_file_that_a_full_disk_cut_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = FilesTogether()
+    files.write(tmp_path / "a", b"bytes")
+    monkeypatch.setattr(local_files, "_create", lambda path: os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(OSError, match="the disk is full"):
+        files.write(tmp_path / "b", b"x" * 50_000)
+    files.commit()
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_path_below_a_file_is_an_error_that_says_so(tmp_path: Path):

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from storage.selections import SCHEMA, Reason, Selection, check_selection, from_parquet, to_parquet
+from storage.selections import Reason, Selection, check_selection, from_parquet, to_parquet
 
 KEYS = ("a", "b", "c", "d")
 REASON = np.array([0, 1, 0, 2])
@@ -106,19 +108,53 @@ def test_dense_targets_of_hard_soft_and_sparse_rows():
     )
 
 
-def test_schema_is_the_documented_one_and_carries_its_version():
-    assert [f"{f.name}: {f.type}" for f in SCHEMA] == [
-        "key: string",
-        "kept: bool",
-        "reason: int8",
-        "copies: uint16",
-        "weight: float",
-        "label: uint32",
-        "target_ids: list<element: uint32 not null>",
-        "target_log_probs: list<element: halffloat not null>",
-        "rest_mass: float",
-    ]
-    assert SCHEMA.metadata == {b"selftrain.selection": b"1"}
+ALWAYS = ["key: string", "reason: int8", "copies: uint16", "label: uint32"]
+TARGETS = [
+    "target_ids: list<element: uint32 not null>",
+    "target_log_probs: list<element: halffloat not null>",
+    "rest_mass: float",
+]
+
+
+@pytest.mark.parametrize(
+    ("selection", "optional"),
+    [
+        (hard(), ["weight: float"]),
+        (hard(weight=np.array([1, 0, 1, 0], np.float32)), []),
+        (soft(), TARGETS),
+        (several(), TARGETS),
+    ],
+)
+def test_schema_is_the_documented_one_and_carries_its_version(selection, optional):
+    schema = pq.read_schema(pa.BufferReader(to_parquet(selection)))
+    assert [f"{f.name}: {f.type}" for f in schema] == ALWAYS + optional
+    assert not any(field.nullable for field in schema)
+    assert schema.metadata[b"selftrain.selection"] == b"2"
+
+
+@pytest.mark.parametrize("make", [hard, soft, sparse])
+def test_file_of_version_1_is_read(make):
+    selection = make()
+    lists = pa.list_(pa.field("element", pa.uint32(), nullable=False))
+    halves = pa.list_(pa.field("element", pa.float16(), nullable=False))
+    offsets = pa.array(selection.target_offsets.astype(np.int32))
+    columns = {
+        "key": pa.array(selection.keys),
+        "kept": pa.array(selection.kept),
+        **{name: pa.array(getattr(selection, name)) for name in ("reason", "copies", "weight")},
+        "label": pa.array(selection.label),
+        "target_ids": pa.ListArray.from_arrays(offsets, pa.array(selection.target_ids), type=lists),
+        "target_log_probs": pa.ListArray.from_arrays(
+            offsets, pa.array(selection.target_log_probs), type=halves
+        ),
+        "rest_mass": pa.array(selection.rest_mass),
+    }
+    fields = [pa.field(name, values.type, nullable=False) for name, values in columns.items()]
+    schema = pa.schema(fields, metadata={"selftrain.selection": "1"})
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table(list(columns.values()), schema=schema), file)
+    read = from_parquet(file.getvalue().to_pybytes(), num_samples=selection.num_samples)
+    assert_equal(read, selection)
 
 
 def test_numbers_of_reasons_never_change():

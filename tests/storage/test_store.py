@@ -71,6 +71,29 @@ def test_put_replace_and_delete(store: Store):
     assert not store.exists("d/object")
 
 
+def test_objects_put_together_are_there_at_the_end_and_on_disk_not_before(store: Store):
+    with store.writing_together() as together:
+        together.put("d/a", b"a")
+        assert store.exists("d/a") is not store.is_local
+        together.commit()
+        assert store.read("d/a") == b"a"
+        together.put("d/b", b"b")
+    assert store.read("d/b") == b"b"
+    store.read_soon("d/b")
+    store.read_soon("d/not-there")
+
+
+def test_objects_put_together_on_disk_are_given_up_by_an_error(local_store: Store):
+    def fail():
+        with local_store.writing_together() as together:
+            together.put("d/a", b"a")
+            raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        fail()
+    assert local_store.list() == []
+
+
 def test_list_returns_paths_relative_to_the_store(store: Store):
     for path in ("b/2", "b/1", "b/c/3", "bb/4", "a"):
         store.put(path, b"x")

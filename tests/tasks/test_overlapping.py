@@ -31,6 +31,23 @@ def test_nothing_and_one_item_are_read_and_written(count):
     assert list(write_behind(range(count), str)) == ["0"] * count
 
 
+def test_without_threads_each_item_is_read_and_written_in_its_turn():
+    begun = []
+    caller = threading.get_ident()
+
+    def noted(what):
+        def note(item):
+            assert threading.get_ident() == caller
+            begun.append((what, item))
+            return item
+
+        return note
+
+    reading = read_ahead(range(2), noted("read"), threads=0)
+    assert list(write_behind(reading, noted("write"), threads=0)) == [0, 1]
+    assert begun == [("read", 0), ("write", 0), ("read", 1), ("write", 1)]
+
+
 def test_an_error_of_reading_is_raised_where_its_item_is_due():
     def read(item):
         if item == 2:

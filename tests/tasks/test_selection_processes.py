@@ -199,6 +199,17 @@ def test_workers_that_cannot_start_say_why(monkeypatch):
         workers.run(int, "1")
 
 
+def test_passes_need_not_wait_for_workers_that_start(monkeypatch):
+    with closing(SelectionProcesses(1)) as workers:
+        worker = workers.run(os.getpid)  # which waits
+        assert workers.run_at_once(os.getpid) == worker != os.getpid()
+    never_ready = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(selection_processes, "_COMMAND", never_ready)
+    with closing(SelectionProcesses(1)) as workers:
+        assert workers.run_at_once(os.getpid) == os.getpid()
+        assert workers.run_at_once(os.getpid) == os.getpid()
+
+
 def test_closing_ends_what_goes_on_at_once_and_is_no_loss_of_workers():
     workers = SelectionProcesses(2)
     process = workers.run(os.getpid)
