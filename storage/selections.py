@@ -201,6 +201,8 @@ class Selection:
     @property
     def num_listed(self) -> int:
         """Probabilities that the targets of all copies list; a hard target lists one."""
+        if not len(self.target_ids):
+            return int(self.copies.sum())
         listed = np.maximum(np.diff(self.target_offsets), 1)
         return int((listed * self.copies).sum())
 
@@ -247,7 +249,7 @@ def check_selection(selection: Selection) -> None:
             f"targets must have {num_values} ids and values, not {len(s.target_ids)} and "
             f"{len(s.target_log_probs)}"
         )
-    if (np.diff(s.target_offsets) < 0).any():
+    if s.target_offsets.any() and (np.diff(s.target_offsets) < 0).any():
         raise ValueError("target_offsets must not decrease")
     if not (s.target_log_probs <= 0).all():
         raise ValueError("target_log_probs must be at most 0 and not NaN")

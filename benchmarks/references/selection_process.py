@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 _ASIDE = "aside-"
-_POLL_SECONDS = 0.2  # a look at a process takes the kernel milliseconds
+_POLL_SECONDS = 0.5  # looks at processes take milliseconds each, which others are not charged
 
 
 def peak_bytes() -> int:

@@ -60,13 +60,11 @@ def pseudo_label_quality(
             "must all be (N,)"
         )
     is_kept = copies > 0
-    is_known = is_kept & (true_labels >= 0)
-    # int64 first: uint32 labels compared with -1 would wrap around
-    is_right = is_known & (labels.astype(np.int64) == true_labels.astype(np.int64))
+    known = np.flatnonzero(is_kept & (true_labels >= 0))  # of an unlabelled corpus mostly none
     return PseudoLabelQuality(
         total=len(labels),
         kept=int(copies.sum(dtype=np.int64)),
         unique=int(is_kept.sum()),
-        known=int(is_known.sum()),
-        correct=int(is_right.sum()),
+        known=len(known),
+        correct=int((labels[known] == true_labels[known]).sum()),
     )

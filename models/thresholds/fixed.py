@@ -53,8 +53,9 @@ def check_confidences(confidences: NDArray[np.floating]) -> None:
             f"confidences of shape {confidences.shape} and dtype {confidences.dtype}: must be "
             "(N,) floats"
         )
-    bad = ~((confidences >= 0) & (confidences <= 1 + 1e-6))
-    if bad.any():
+    # Either of NaN is NaN, which is neither.
+    if not (confidences.min(initial=0) >= 0 and confidences.max(initial=0) <= 1 + 1e-6):
+        bad = ~((confidences >= 0) & (confidences <= 1 + 1e-6))
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(
             f"{int(bad.sum())} of {len(confidences)} confidences lie outside [0, 1] (first: "
