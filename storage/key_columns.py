@@ -41,7 +41,7 @@ class KeyColumn(Sequence[str]):
 
     def of_rows(self, rows: NDArray[np.intp]) -> list[str]:
         """Return the keys of some rows."""
-        return cast("list[str]", self.values.take(arrow.array(rows)).to_pylist())
+        return [key.decode() for key in self.utf8_of_rows(rows)]
 
     def utf8_of_rows(self, rows: NDArray[np.intp]) -> list[bytes]:
         """Return the keys of some rows as UTF-8."""

@@ -111,10 +111,13 @@ def open_table(
     where = store.url_of(stored.path)
 
     def reopen() -> Any:
-        return _checked(arrow.BufferReader(read_stored(store, stored)), schema, num_rows, where)
+        return of_verified(read_stored(store, stored))
+
+    def of_verified(data: bytes) -> Any:
+        return _checked(arrow.BufferReader(data), schema, num_rows, where, is_verified=True)
 
     if whole is not None:
-        return OpenTable(reopen, _checked(arrow.BufferReader(whole), schema, num_rows, where))
+        return OpenTable(reopen, of_verified(whole))
     try:
         local = local_path(where)
         part = (
@@ -127,8 +130,10 @@ def open_table(
         return OpenTable(reopen, reopen())
 
 
-def _checked(source: Any, schema: Any, num_rows: int, where: str) -> Any:
-    file = _pq.ParquetFile(source, page_checksum_verification=True)
+def _checked(
+    source: Any, schema: Any, num_rows: int, where: str, *, is_verified: bool = False
+) -> Any:
+    file = _pq.ParquetFile(source, page_checksum_verification=not is_verified)
     there = file.schema_arrow  # made anew each time it is asked for
     if not there.equals(schema, check_metadata=False):
         raise ValueError(f"{where}: columns {there}, not {schema}")

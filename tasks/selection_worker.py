@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-import pyarrow.compute  # noqa: F401  (the first `take` imports it)
-
 # What is asked for is found in these, by name, and imported here before there are several.
 from tasks import selection_passes, selection_writing  # noqa: F401
 from tasks.children import die_with_parent
