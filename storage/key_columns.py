@@ -18,8 +18,10 @@ class KeyColumn(Sequence[str]):
 
     def __init__(self, values: Any) -> None:
         """Take an arrow array, chunked or not."""
-        is_chunked = isinstance(values, arrow.ChunkedArray)
-        self.values: Any = values.combine_chunks() if is_chunked else values
+        if isinstance(values, arrow.ChunkedArray):
+            # Combining copies even a single chunk.
+            values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+        self.values: Any = values
 
     def __len__(self) -> int:
         """N."""

@@ -80,8 +80,9 @@ class FilesTogether:
             _make_folder(path.parent)
             written = _create(temporary), temporary, path
             try:
-                with os.fdopen(written[0], "wb", closefd=False) as file:
-                    file.write(data)
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(written[0], rest) :]
                 # Linux begins to write out what is said to be of no more use.
                 os.posix_fadvise(written[0], 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:

@@ -53,12 +53,12 @@ class RankedRows:
     def keep(self, stem: str, labels: NDArray[np.integer], values: NDArray[np.floating]) -> None:
         """Keep the class and the value of each row, (M,) each."""
         place = self.places[stem]
-        data = labels.tobytes() + values.tobytes()
+        size = labels.nbytes + values.nbytes
         kinds = [ord(labels.dtype.char), ord(values.dtype.char)]
         header = np.array([len(labels) + 1, *kinds], _HEADER).tobytes()
         with suppress(OSError):
             # The header last: what a process that dies has begun is not there.
-            if os.pwrite(self.descriptor, data, place + _HEADER_BYTES) == len(data):
+            if os.pwritev(self.descriptor, [labels, values], place + _HEADER_BYTES) == size:
                 os.pwrite(self.descriptor, header, place)
 
     def kept(self, stem: str) -> tuple[NDArray[np.integer], NDArray[np.floating]] | None:
