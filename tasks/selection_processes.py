@@ -179,6 +179,7 @@ class SelectionProcesses:
                     num_free += 1
                     if worker is not None:
                         worker.connection.close()  # upon which it ends
+            self._free.put(None)  # or who comes late would wait for ever
             is_busy = num_free < self.num_workers
             for server in self._servers:
                 server.end(0 if is_busy else _GRACE_SECONDS)

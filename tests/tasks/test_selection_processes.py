@@ -236,6 +236,14 @@ def test_closing_ends_what_goes_on_at_once_and_is_no_loss_of_workers():
         workers.run(os.getpid)
 
 
+def test_nothing_is_carried_out_once_idle_workers_are_closed():
+    workers = SelectionProcesses(1)
+    workers.close()
+    for run in (workers.run, workers.run_at_once):
+        with pytest.raises(SelectionStopped):
+            run(os.getpid)
+
+
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_nothing_outlives_a_run_that_is_killed(is_busy):
     script = (
