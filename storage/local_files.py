@@ -80,9 +80,7 @@ class FilesTogether:
             _make_folder(path.parent)
             written = _create(temporary), temporary, path
             try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(written[0], rest) :]
+                _write_all(written[0], data)
                 # Linux begins to write out what is said to be of no more use.
                 os.posix_fadvise(written[0], 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:
@@ -169,10 +167,18 @@ def _create(path: Path) -> int:
 
 
 def _write_synced(path: Path, data: bytes | bytearray | memoryview) -> None:
-    with os.fdopen(_create(path), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = _create(path)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _link_exclusively(temporary: Path, path: Path) -> None:

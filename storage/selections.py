@@ -319,7 +319,8 @@ def from_parquet(data: bytes, *, num_samples: int, where: str = "selection") -> 
         data, schema=_schema_of(column_names(data, where=where)), num_rows=num_samples, where=where
     )
     n = num_samples
-    found: dict[str, Any] = {n: column(table, n) for n in table.column_names if n in _SCALARS}
+    there = [name for name in table.column_names if name in _SCALARS]
+    found: dict[str, Any] = {name: column(table, name) for name in there}
     kept = found["reason"] == Reason.KEPT
     absent: dict[str, Any] = {
         "kept": kept,

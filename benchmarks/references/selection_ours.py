@@ -15,8 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import pyarrow.compute  # noqa: F401  (the first `take` imports it; before the clock, as libraries)
-
 from benchmarks.references.selection_data import CLASS_NAMES, Problem, labeling_of
 from benchmarks.references.selection_process import PeakOfAll, cpu_seconds, set_aside
 from storage.corpus import load_corpus
