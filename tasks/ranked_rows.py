@@ -58,7 +58,8 @@ class RankedRows:
         header = np.array([len(labels) + 1, *kinds], _HEADER).tobytes()
         with suppress(OSError):
             # The header last: what a process that dies has begun is not there.
-            if os.pwritev(self.descriptor, [labels, values], place + _HEADER_BYTES) == size:
+            columns = [labels.data, values.data]
+            if os.pwritev(self.descriptor, columns, place + _HEADER_BYTES) == size:
                 os.pwrite(self.descriptor, header, place)
 
     def kept(self, stem: str) -> tuple[NDArray[np.integer], NDArray[np.floating]] | None:
