@@ -25,6 +25,7 @@ def write_table(
     *,
     compression: str | dict[str, str] = "zstd",
     compression_level: int | dict[str, int] = ZSTD_LEVEL,
+    encodings: dict[str, str] | None = None,
     has_statistics: bool = True,
     has_checksums: bool = True,
 ) -> bytes:
@@ -34,6 +35,7 @@ def write_table(
         table: to be written.
         compression: of all columns, or of each by its path in the schema.
         compression_level: in the same way; of columns that have one.
+        encodings: of some columns by path, where it is not PLAIN.
         has_statistics: write the least and the greatest value of each column and row group.
         has_checksums: write a checksum of each page, for those who read parts of the file.
     """
@@ -44,6 +46,7 @@ def write_table(
         row_group_size=ROW_GROUP_ROWS,
         compression=compression,
         compression_level=compression_level,
+        column_encoding=encodings,
         version="2.6",
         data_page_version="1.0",
         use_dictionary=False,

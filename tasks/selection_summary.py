@@ -85,11 +85,7 @@ class ShardCounts:
         np.minimum(bins, CONFIDENCE_BINS - 1, out=bins)
         known = np.flatnonzero(true_labels >= 0)  # of an unlabelled corpus mostly none
         correct = known[labels[known] == true_labels[known]]
-
-        def by_bin(rows: NDArray[np.intp] | slice) -> NDArray[np.int64]:
-            return np.bincount(bins[rows], minlength=CONFIDENCE_BINS).astype(np.int64)
-
-        kept_by_bin = by_bin(kept)
+        kept_by_bin = _counts_of_bins(bins[kept])
         return cls(
             quality=pseudo_label_quality(labels, true_labels, selection.copies),
             predicted=np.bincount(labels, minlength=num_classes),
@@ -97,9 +93,9 @@ class ShardCounts:
             copies=copies.astype(np.int64),
             reasons={reason.name.lower(): int(reasons[reason]) for reason in Reason},
             kept_by_confidence=kept_by_bin,
-            rejected_by_confidence=by_bin(slice(None)) - kept_by_bin,
-            correct_by_confidence=by_bin(correct),
-            known_by_confidence=by_bin(known),
+            rejected_by_confidence=_counts_of_bins(bins) - kept_by_bin,
+            correct_by_confidence=_counts_of_bins(bins[correct]),
+            known_by_confidence=_counts_of_bins(bins[known]),
         )
 
     def __add__(self, other: "ShardCounts") -> "ShardCounts":
@@ -151,6 +147,10 @@ _ARRAYS = (
     "correct_by_confidence",
     "known_by_confidence",
 )
+
+
+def _counts_of_bins(bins: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.bincount(bins, minlength=CONFIDENCE_BINS).astype(np.int64)
 
 
 def summarize(

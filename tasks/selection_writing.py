@@ -199,7 +199,7 @@ def _select(
     )
     reason = np.full(rows.num_samples, Reason.BELOW_THRESHOLD, dtype=np.int8)
     reason[ranked.rows] = Reason.OVER_QUOTA
-    reason[ranked.rows[found > 0]] = Reason.KEPT
+    reason[ranked.rows[np.flatnonzero(found > 0)]] = Reason.KEPT
     if rows.turned_down is not None:
         reason = np.where(rows.turned_down == Reason.KEPT, reason, rows.turned_down)
     if classes_per_image(config.balance) > 1:

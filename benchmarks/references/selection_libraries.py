@@ -60,7 +60,7 @@ def duckdb_window(files: str, out: Path, problem: Problem, memory: str | None = 
           SELECT shard, key, label, (floor(e) + (
             hash(shard, key) % 1000003 / 1000003.0 < e - floor(e))::INT)::USMALLINT AS copies
           FROM expected
-        ) TO '{out}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (shard))
+        ) TO '{out}' (FORMAT parquet, COMPRESSION lz4_raw, PARTITION_BY (shard))
     """)
 
 
@@ -106,7 +106,7 @@ def duckdb_two_passes(files: str, out: Path, problem: Problem, memory: str = "51
           SELECT shard, key, label, (floor(e) + (
             hash(shard, key) % 1000003 / 1000003.0 < e - floor(e))::INT)::USMALLINT AS copies
           FROM kept
-        ) TO '{out}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (shard))
+        ) TO '{out}' (FORMAT parquet, COMPRESSION lz4_raw, PARTITION_BY (shard))
     """)
 
 
@@ -139,7 +139,7 @@ def duckdb_every_row(files: str, out: Path, problem: Problem) -> None:
                  )::USMALLINT AS copies,
                  kept::FLOAT AS weight, label
           FROM expected
-        ) TO '{out}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (shard))
+        ) TO '{out}' (FORMAT parquet, COMPRESSION lz4_raw, PARTITION_BY (shard))
     """)
     _sync(out)
 

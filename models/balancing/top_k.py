@@ -250,7 +250,8 @@ def top_k_expected_copies(
     last = plan.last_confidences[labels]
     is_kept = exact >= last
     if plan.has_key.any():
-        tied = np.flatnonzero((exact == last) & plan.has_key[labels])
+        tied = np.flatnonzero(exact == last)  # few
+        tied = tied[plan.has_key[labels[tied]]]
         for row, key in zip(tied.tolist(), keys(tied).tolist(), strict=True):
             last_key = plan.last_keys[int(labels[row])]
             assert last_key is not None, "has_key"
