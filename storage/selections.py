@@ -50,7 +50,7 @@ _FIELDS_OF_1 = ("key", "kept", "reason", "copies", "weight", "label", *_TARGETS)
 # Small numbers are packed in a few bits each, which is shorter than compressing them and takes a
 # third of its time. Classes and weights of rows are no shorter compressed, soft targets most of
 # their file. For the rest LZ4 takes half the time of zstd.
-_ENCODINGS = dict.fromkeys(("reason", "copies"), "DELTA_BINARY_PACKED")
+_ENCODINGS: dict[str, str] = dict.fromkeys(("reason", "copies"), "DELTA_BINARY_PACKED")
 _COMPRESSION = {
     "key": "lz4",
     "reason": "none",

@@ -49,7 +49,7 @@ from storage.store import Store
 from tasks.distributions import dense_probs
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import outputs_of
-from tasks.selection_rows import Rows, SelectionInputs
+from tasks.selection_rows import Ranked, Rows, SelectionInputs
 
 _POOLED_ROWS = 2**18
 
@@ -214,13 +214,12 @@ def collect_candidates(
     confidences: list[NDArray[np.floating]] = []
     keys: list[NDArray[np.str_]] = []
     for stem in stems:
-        of_rows, ranks = _ranked(store, inputs, stem, config.balance)
-        near = np.flatnonzero(is_at_boundary(plan, of_rows, ranks))
-        labels.append(of_rows[near])
-        confidences.append(ranks[near])
+        ranked = _ranked(store, inputs, stem, config.balance)
+        near = np.flatnonzero(is_at_boundary(plan, ranked.labels, ranked.values))
+        labels.append(ranked.labels[near])
+        confidences.append(ranked.values[near])
         if with_keys and len(near):
-            rows = Rows.read(store, inputs, stem)
-            keys.append(rows.sample_keys(rows.ranked(inputs, config.balance).rows[near]))
+            keys.append(Rows.read(store, inputs, stem).sample_keys(ranked.rows[near]))
     return boundary_candidates(
         plan,
         np.concatenate(labels),
@@ -240,26 +239,23 @@ def _pooled(
     ranks: list[NDArray[np.floating]] = []
     num_rows = 0
     for number, stem in enumerate(stems, start=1):
-        of_rows, found = _ranked(store, inputs, stem, balance)
-        labels.append(of_rows)
-        ranks.append(found)
+        ranked = _ranked(store, inputs, stem, balance)
+        labels.append(ranked.labels)
+        ranks.append(ranked.values)
         num_rows += len(labels[-1])
         if num_rows >= _POOLED_ROWS or number == len(stems):
             yield np.concatenate(labels), np.concatenate(ranks)
             labels, ranks, num_rows = [], [], 0
 
 
-def _ranked(
-    store: Store, inputs: SelectionInputs, stem: str, balance: BalanceConfig
-) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
-    """Return class and rank of a shard's rows that pass; an earlier pass may have kept them."""
-    kept = None if inputs.ranked is None else inputs.ranked.kept(stem)
-    if kept is not None:
-        return kept
-    found = Rows.read(store, inputs, stem).ranked(inputs, balance)
-    if inputs.ranked is not None:
-        inputs.ranked.keep(stem, found.labels, found.values)
-    return found.labels, found.values
+def _ranked(store: Store, inputs: SelectionInputs, stem: str, balance: BalanceConfig) -> Ranked:
+    """Return a shard's rows that pass; an earlier pass may have kept them."""
+    found = inputs.ranked_before(stem)
+    if found is None:
+        found = Rows.read(store, inputs, stem).ranked(inputs, balance)
+        if inputs.kept is not None:
+            inputs.kept.keep(stem, found.arrays())
+    return found.ranked
 
 
 def _counted(search: ThresholdSearch, rows: Rows) -> NDArray[np.int64]:

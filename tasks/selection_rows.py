@@ -7,7 +7,12 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from models.balancing import BalanceConfig, classes_per_image, ranking
+from models.balancing import (
+    BalanceConfig,
+    classes_per_image,
+    ranking,
+    ranks_by_uncertainty,
+)
 from models.randomness import hash_utf8_keys
 from models.thresholds import FinishedThresholds, reaches_thresholds
 from models.top_k_probs import TopKProbs
@@ -18,7 +23,7 @@ from storage.samples import sample_key
 from storage.selections import Reason
 from storage.store import Store
 from tasks.distributions import Calibration, Distributions, most_probable
-from tasks.ranked_rows import RankedRows
+from tasks.kept_arrays import KeptArrays
 from tasks.selection_gates import NO_GATES, Gates, outputs_of
 
 Step = Literal["gate", "calibrate", "debias", "threshold", "weight", "balance", "write"]
@@ -42,7 +47,7 @@ class SelectionInputs:
         weighting: how rows are weighted.
         shards: stem -> where its predictions are.
         gates: what is turned down before anything is counted.
-        ranked: where passes keep what they rank for the next one; None: nowhere.
+        kept: where a pass keeps its `RankedShard`s for the next ones; None: nowhere.
         done: the steps so far, in their order.
     """
 
@@ -57,20 +62,25 @@ class SelectionInputs:
     weighting: FinishedWeighting | None = None
     shards: Mapping[str, PredictionReference] = field(default_factory=dict, repr=False)
     gates: Gates = NO_GATES
-    ranked: RankedRows | None = None
+    kept: KeptArrays | None = None
     done: tuple[Step, ...] = ()
 
     def of_shards(self, stems: Sequence[str]) -> "SelectionInputs":
         """Return what a pass over some of the shards needs to know: it may be sent to a process."""
         shards = {stem: self.shards[stem] for stem in stems}
-        ranked = None if self.ranked is None else self.ranked.of_shards(stems)
-        return replace(self, shards=shards, gates=self.gates.of_shards(stems), ranked=ranked)
+        kept = None if self.kept is None else self.kept.of_shards(stems)
+        return replace(self, shards=shards, gates=self.gates.of_shards(stems), kept=kept)
 
     def keeping_ranked(self, descriptor: int, balance: BalanceConfig) -> "SelectionInputs":
         """Return the inputs of passes that keep what they rank in an open, empty file."""
-        count = classes_per_image(balance)
-        most_rows = ((stem, count * shard.num_samples) for stem, shard in self.shards.items())
-        return replace(self, ranked=RankedRows.of(descriptor, most_rows))
+        row_bytes = RankedShard.most_bytes_of_a_row(balance)
+        most_bytes = ((stem, row_bytes * shard.num_samples) for stem, shard in self.shards.items())
+        return replace(self, kept=KeptArrays.of(descriptor, most_bytes))
+
+    def ranked_before(self, stem: str) -> "RankedShard | None":
+        """Return what an earlier pass found of a shard, where that was kept."""
+        arrays = None if self.kept is None else self.kept.kept(stem)
+        return None if arrays is None else RankedShard.of_arrays(arrays)
 
     def after(self, step: Step, **found: Any) -> "SelectionInputs":
         """Return the inputs with what a step found; steps come in their order only."""
@@ -98,6 +108,50 @@ class Ranked:
     values: NDArray[np.floating]
 
 
+@dataclass(frozen=True)
+class RankedShard:
+    """The rows of a shard, calibrated and debiased, and how those that pass are ranked.
+
+    Attributes:
+        labels: (N,).
+        confidences: (N,).
+        passes: (N,) bool, admitted and at the threshold.
+        otherwise: how they are ranked, where it is not once each, under their label and by their
+            confidence.
+    """
+
+    labels: NDArray[np.integer]
+    confidences: NDArray[np.floating]
+    passes: NDArray[np.bool_]
+    otherwise: Ranked | None = None
+
+    @property
+    def ranked(self) -> Ranked:
+        """The rows that pass as a balancing rule ranks them."""
+        if self.otherwise is not None:
+            return self.otherwise
+        rows = np.flatnonzero(self.passes)
+        return Ranked(rows, self.labels[rows], self.confidences[rows])
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return it as arrays; `of_arrays` makes it again."""
+        found: list[NDArray[Any]] = [self.labels, self.confidences, self.passes]
+        if self.otherwise is not None:
+            found += [self.otherwise.rows, self.otherwise.labels, self.otherwise.values]
+        return found
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[NDArray[Any]]) -> "RankedShard":
+        """Make it of what `arrays` returned."""
+        labels, confidences, passes, *otherwise = arrays
+        return cls(labels, confidences, passes, Ranked(*otherwise) if otherwise else None)
+
+    @staticmethod
+    def most_bytes_of_a_row(balance: BalanceConfig) -> int:
+        """Return what the arrays take at most, for each row of the shard."""
+        return 8 + 8 + 1 + classes_per_image(balance) * (8 + 8 + 8)
+
+
 @dataclass
 class Rows:
     """The predictions of one shard with what calibration and debiasing make of them.
@@ -106,8 +160,8 @@ class Rows:
 
     Attributes:
         stem: of the shard.
-        labels: (N,) uint32.
-        confidences: (N,) float32.
+        labels: (N,).
+        confidences: (N,).
         columns: as stored.
         calibration: applied to them.
         keys: in-shard keys, once they were wanted.
@@ -116,11 +170,12 @@ class Rows:
         uncertainty: (N,) float32, where it is stored.
         agreement: (N,) float32, where it is stored.
         turned_down: (N,) int8, the reason of a gate, KEPT where there is none; None for no row.
+        before: what an earlier pass found of them.
     """
 
     stem: str
-    labels: NDArray[np.uint32]
-    confidences: NDArray[np.float32]
+    labels: NDArray[np.integer]
+    confidences: NDArray[np.floating]
     columns: PredictionColumns
     calibration: Calibration
     keys: KeyColumn | None = None
@@ -128,6 +183,7 @@ class Rows:
     uncertainty: NDArray[np.float32] | None = None
     agreement: NDArray[np.float32] | None = None
     turned_down: NDArray[np.int8] | None = None
+    before: RankedShard | None = None
 
     @classmethod
     def read(
@@ -140,6 +196,8 @@ class Rows:
     ) -> "Rows":
         """Read one shard's predictions, calibrate and debias them as far as is known.
 
+        Where an earlier pass has done so for good, what it kept is taken.
+
         Args:
             store: where they are.
             inputs: of the selection.
@@ -147,17 +205,21 @@ class Rows:
             to_write: read all that a selection is written from, and check the sha256 of the whole
                 file; else the checksums of what is read of it.
         """
-        names = ["label", "confidence"]
+        before = inputs.ranked_before(stem)
+        names = ["label", "confidence"] if before is None else []
         names += ["key", "true_label"] if to_write else []
         names += inputs.shards[stem].optional
         columns = PredictionColumns(store, inputs.shards[stem], verify=to_write)
         found = columns.read(names)
-        labels, confidences = found["label"], found["confidence"]
         calibration = inputs.calibration
-        if calibration.changes_confidences:
-            labels, confidences = calibration.labels_and_confidences(
-                labels, confidences, *columns.probabilities()
-            )
+        if before is not None:
+            labels, confidences = before.labels, before.confidences
+        else:
+            labels, confidences = found["label"], found["confidence"]
+            if calibration.changes_confidences:
+                labels, confidences = calibration.labels_and_confidences(
+                    labels, confidences, *columns.probabilities()
+                )
 
         def keys() -> KeyColumn:
             if "key" not in found:
@@ -180,6 +242,7 @@ class Rows:
             found.get("uncertainty"),
             found.get("agreement"),
             turned_down,
+            before,
         )
 
     @property
@@ -238,10 +301,17 @@ class Rows:
         )
         return passes if self.turned_down is None else passes & (self.turned_down == Reason.KEPT)
 
-    def ranked(self, inputs: SelectionInputs, balance: BalanceConfig) -> "Ranked":
-        """Return the rows that pass as a balancing rule ranks them."""
-        passing = np.flatnonzero(self.passes(inputs))
-        count = classes_per_image(balance)
+    def ranked(self, inputs: SelectionInputs, balance: BalanceConfig) -> RankedShard:
+        """Return them with those that pass as a balancing rule ranks them."""
+        if self.before is not None:
+            return self.before
+        passes, otherwise = self.passes(inputs), None
+        if classes_per_image(balance) > 1 or ranks_by_uncertainty(balance):
+            otherwise = self._ranked_otherwise(passes, balance)
+        return RankedShard(self.labels, self.confidences, passes, otherwise)
+
+    def _ranked_otherwise(self, passes: NDArray[np.bool_], balance: BalanceConfig) -> Ranked:
+        count, passing = classes_per_image(balance), np.flatnonzero(passes)
         if count == 1:
             values = ranking(balance, self.confidences, self.uncertainty)
             return Ranked(passing, self.labels[passing], values[passing])

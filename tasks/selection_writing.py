@@ -183,7 +183,7 @@ def _select(
 ) -> tuple[Selection, NDArray[np.integer] | None]:
     """Return the selection, and the class of each item where an image may have several."""
     assert inputs.weighting is not None, "weights come before"
-    ranked = rows.ranked(inputs, config.balance)
+    ranked = rows.ranked(inputs, config.balance).ranked
 
     def keys_of(chosen: NDArray[np.intp]) -> NDArray[np.str_]:
         return rows.sample_keys(ranked.rows[chosen])

@@ -25,7 +25,7 @@ from storage.prediction_columns import PredictionReference
 from storage.predictions import DamagedPredictions, prediction_record
 from tasks import selection_processes
 from tasks.distributions import Calibration
-from tasks.ranked_rows import RankedRows
+from tasks.kept_arrays import KeptArrays
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import Gates
 from tasks.selection_processes import (
@@ -81,6 +81,14 @@ def is_there(process):
         return False
 
 
+def remaining(processes):
+    """Which of some killed processes are still there when they have had time to go."""
+    deadline = time.monotonic() + 10
+    while any(map(is_there, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [process for process in processes if is_there(process)]
+
+
 def test_processes_write_the_bytes_that_this_process_writes(lab, workers, tmp_path):
     config = rules()
     here = lab.select(plant(lab), None, config, groups=groups_of(lab))
@@ -118,25 +126,30 @@ def test_passes_read_what_was_ranked_before_and_without_it_the_predictions(lab, 
     assert second.sha256 == first.sha256
 
 
-def test_ranked_rows_come_back_as_they_were_or_not_at_all(monkeypatch):
+def test_kept_arrays_come_back_as_they_were_or_not_at_all(monkeypatch):
     with TemporaryFile() as file:
-        ranked = RankedRows.of(file.fileno(), [("a", 3), ("b", 2), ("c", 4)])
-        assert ranked.kept("a") is None
+        places = KeptArrays.of(file.fileno(), [("a", 27), ("b", 26), ("c", 0), ("d", 16)])
+        assert places.kept("a") is None
         labels, values = np.array([7, 0], np.uint32), np.array([0.25, 1], np.float32)
-        ranked.keep("b", labels, values)
-        ranked.keep("c", labels[:0].astype(np.int64), values[:0].astype(np.float64))
-        assert ranked.kept("a") is None
-        found = ranked.of_shards(["b"]).kept("b")
+        passes = np.array([True, False])
+        places.keep("b", [labels, values, passes, np.array([0.125])])
+        places.keep("c", [labels[:0].astype(np.int64), values[:0].astype(np.float64)])
+        places.keep("d", [labels[::-1], labels])
+        assert places.kept("a") is None
+        found = places.of_shards(["b"]).kept("b")
         assert found is not None
-        assert [one.dtype for one in found] == [np.uint32, np.float32]
-        assert [one.tolist() for one in found] == [[7, 0], [0.25, 1]]
-        empty = ranked.kept("c")
+        assert [one.dtype for one in found] == [np.uint32, np.float32, np.bool_, np.float64]
+        assert [one.tolist() for one in found] == [[7, 0], [0.25, 1], [True, False], [0.125]]
+        empty = places.kept("c")
         assert empty is not None
         assert [(len(one), one.dtype) for one in empty] == [(0, np.int64), (0, np.float64)]
-        # The disk fills up while rows are written: they are not there.
+        turned = places.kept("d")
+        assert turned is not None
+        assert [one.tolist() for one in turned] == [[0, 7], [7, 0]]
+        # The disk fills up while arrays are written: they are not there.
         monkeypatch.setattr(os, "pwritev", lambda descriptor, parts, place: 1)
-        ranked.keep("a", labels, values)
-        assert ranked.kept("a") is None
+        places.keep("a", [labels, values])
+        assert places.kept("a") is None
 
 
 def test_workers_that_die_on_the_way_change_no_byte(lab, tmp_path, monkeypatch):
@@ -231,7 +244,7 @@ def test_closing_ends_what_goes_on_at_once_and_is_no_loss_of_workers():
         thread.join(10)
     assert time.monotonic() - started < 5
     assert len(found) == 2
-    assert not is_there(process)
+    assert not remaining([process])
     with pytest.raises(SelectionStopped):
         workers.run(os.getpid)
 
@@ -263,10 +276,7 @@ def test_nothing_outlives_a_run_that_is_killed(is_busy):
     run.send_signal(signal.SIGKILL)
     run.wait()
     run.stdout.close()
-    deadline = time.monotonic() + 10
-    while any(map(is_there, processes)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [process for process in processes if is_there(process)]
+    assert not remaining(processes)
 
 
 def test_small_corpora_and_single_workers_stay_in_this_process(monkeypatch):
