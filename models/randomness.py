@@ -104,9 +104,18 @@ def philox4x32_numpy(
     Returns: (..., 4) uint64 holding words in [0, 2**32).
     Source: Random123 1.09, philox.h.
     """
+    c0, c1, c2, c3 = (counter[..., i] for i in range(WORDS_PER_CALL))
+    return np.stack(_philox_words(c0, c1, c2, c3, key), axis=-1)
+
+
+_Words = npt.NDArray[np.uint64]
+
+
+def _philox_words(
+    c0: _Words, c1: _Words, c2: _Words, c3: _Words, key: tuple[int, int]
+) -> tuple[_Words, _Words, _Words, _Words]:
     mask, shift = np.uint64(MASK32), np.uint64(32)
     multiplier0, multiplier1 = np.uint64(PHILOX_MULTIPLIERS[0]), np.uint64(PHILOX_MULTIPLIERS[1])
-    c0, c1, c2, c3 = (counter[..., i] for i in range(WORDS_PER_CALL))
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
         product0, product1 = c0 * multiplier0, c2 * multiplier1
@@ -117,7 +126,7 @@ def philox4x32_numpy(
             product0 & mask,
         )
         k0, k1 = (k0 + PHILOX_WEYL[0]) & MASK32, (k1 + PHILOX_WEYL[1]) & MASK32
-    return np.stack((c0, c1, c2, c3), axis=-1)
+    return c0, c1, c2, c3
 
 
 def uniforms(
@@ -144,11 +153,12 @@ def uniforms(
     assert 0 <= copy < 1 << 16, f"copy {copy} outside [0, 65536)"
     assert 0 <= epoch < 1 << 32, f"epoch {epoch} outside [0, 2**32)"
     assert 0 <= block < 256, f"block {block} outside [0, 256)"
-    counter = np.empty((len(hashes), WORDS_PER_CALL), dtype=np.uint64)
-    counter[:, 0] = hashes & np.uint64(MASK32)
-    counter[:, 1] = hashes >> np.uint64(32)
-    counter[:, 2] = epoch
-    counter[:, 3] = copy << 16 | block << 8
-    words = philox4x32_numpy(counter, key_words(stream))
-    mantissa = (words[:, 0] << np.uint64(21)) | (words[:, 1] >> np.uint64(11))
+    first, second, _, _ = _philox_words(
+        hashes & np.uint64(MASK32),
+        hashes >> np.uint64(32),
+        np.array([epoch], dtype=np.uint64),
+        np.array([copy << 16 | block << 8], dtype=np.uint64),
+        key_words(stream),
+    )
+    mantissa = (first << np.uint64(21)) | (second >> np.uint64(11))
     return mantissa.astype(np.float64) * 2.0**-53

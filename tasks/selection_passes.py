@@ -7,7 +7,7 @@ loop) is the caller's.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -24,8 +24,9 @@ from models.balancing import (
     boundary_candidates,
     confidence_histogram,
     is_at_boundary,
-    merge_candidates,
+    merge_all_candidates,
     merge_histograms,
+    packed_histogram,
     plan_balance,
     ranks_by_uncertainty,
     reads_keys,
@@ -49,7 +50,7 @@ from storage.store import Store
 from tasks.distributions import dense_probs
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import outputs_of
-from tasks.selection_rows import Ranked, Rows, SelectionInputs
+from tasks.selection_rows import RankedShard, Rows, SelectionInputs
 
 _POOLED_ROWS = 2**18
 
@@ -189,15 +190,15 @@ def sum_moments(
 
 def count_confidences(
     store: Store, inputs: SelectionInputs, stems: Sequence[str], config: SelectionConfig
-) -> NDArray[np.int64]:
-    """Map: samples that reach the threshold, by class and bin of what ranks them."""
+) -> NDArray[np.integer]:
+    """Map: samples that reach the threshold, by class and bin of what ranks them, packed."""
     inputs.assert_next("balance")
     total: NDArray[np.int64] | None = None
     for labels, ranks in _pooled(store, inputs, stems, config.balance):
         counts = confidence_histogram(config.balance, labels, ranks, num_classes=inputs.num_classes)
         total = counts if total is None else merge_histograms(total, counts)
     assert total is not None, "a group holds at least one shard"
-    return total
+    return packed_histogram(total)
 
 
 def collect_candidates(
@@ -214,12 +215,12 @@ def collect_candidates(
     confidences: list[NDArray[np.floating]] = []
     keys: list[NDArray[np.str_]] = []
     for stem in stems:
-        ranked = _ranked(store, inputs, stem, config.balance)
-        near = np.flatnonzero(is_at_boundary(plan, ranked.labels, ranked.values))
-        labels.append(ranked.labels[near])
-        confidences.append(ranked.values[near])
-        if with_keys and len(near):
-            keys.append(Rows.read(store, inputs, stem).sample_keys(ranked.rows[near]))
+        shard = _ranked(store, inputs, stem, config.balance)
+        near = shard.ranked_where(partial(is_at_boundary, plan))
+        labels.append(near.labels)
+        confidences.append(near.values)
+        if with_keys and len(near.rows):
+            keys.append(Rows.read(store, inputs, stem).sample_keys(near.rows))
     return boundary_candidates(
         plan,
         np.concatenate(labels),
@@ -239,7 +240,7 @@ def _pooled(
     ranks: list[NDArray[np.floating]] = []
     num_rows = 0
     for number, stem in enumerate(stems, start=1):
-        ranked = _ranked(store, inputs, stem, balance)
+        ranked = _ranked(store, inputs, stem, balance).ranked
         labels.append(ranked.labels)
         ranks.append(ranked.values)
         num_rows += len(labels[-1])
@@ -248,14 +249,16 @@ def _pooled(
             labels, ranks, num_rows = [], [], 0
 
 
-def _ranked(store: Store, inputs: SelectionInputs, stem: str, balance: BalanceConfig) -> Ranked:
-    """Return a shard's rows that pass; an earlier pass may have kept them."""
+def _ranked(
+    store: Store, inputs: SelectionInputs, stem: str, balance: BalanceConfig
+) -> RankedShard:
+    """Return a shard's rows, ranked; an earlier pass may have kept them."""
     found = inputs.ranked_before(stem)
     if found is None:
         found = Rows.read(store, inputs, stem).ranked(inputs, balance)
         if inputs.kept is not None:
             inputs.kept.keep(stem, found.arrays())
-    return found.ranked
+    return found
 
 
 def _counted(search: ThresholdSearch, rows: Rows) -> NDArray[np.int64]:
@@ -309,13 +312,13 @@ def _balance(inputs: SelectionInputs, config: SelectionConfig, mapped: Mapped) -
     histogram = reduce(merge_histograms, mapped(count_confidences, inputs, config))
     plan = plan_balance(
         config.balance,
-        histogram,
+        histogram.astype(np.int64),  # one group's alone is packed
         labeled_counts=inputs.labeled_counts,
         round_index=inputs.round_index,
     )
     while isinstance(plan, UnfinishedPlan):
-        candidates = reduce(merge_candidates, mapped(collect_candidates, inputs, config, plan))
-        plan = advance_plan(plan, candidates)
+        found = mapped(collect_candidates, inputs, config, plan)
+        plan = advance_plan(plan, merge_all_candidates(found))
     return plan
 
 

@@ -1,6 +1,6 @@
 """The predictions of one shard as a pass of a selection sees them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -131,6 +131,18 @@ class RankedShard:
         if self.otherwise is not None:
             return self.otherwise
         rows = np.flatnonzero(self.passes)
+        return Ranked(rows, self.labels[rows], self.confidences[rows])
+
+    def ranked_where(
+        self,
+        chosen: Callable[[NDArray[np.integer], NDArray[np.floating]], NDArray[np.bool_]],
+    ) -> Ranked:
+        """Return those of `ranked` that are chosen, by their classes and values; a few of many."""
+        found = self.otherwise
+        if found is not None:
+            near = np.flatnonzero(chosen(found.labels, found.values))
+            return Ranked(found.rows[near], found.labels[near], found.values[near])
+        rows = np.flatnonzero(chosen(self.labels, self.confidences) & self.passes)
         return Ranked(rows, self.labels[rows], self.confidences[rows])
 
     def arrays(self) -> list[NDArray[Any]]:

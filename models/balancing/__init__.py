@@ -19,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from models.balancing.candidates import Candidates, Keys, keys_of, merge_candidates
+from models.balancing.candidates import (
+    Candidates,
+    Keys,
+    keys_of,
+    merge_all_candidates,
+    merge_candidates,
+)
 from models.balancing.cap_min import certainties, plan_cap_min
 from models.balancing.configs import (
     BalanceNoneConfig,
@@ -29,7 +35,12 @@ from models.balancing.configs import (
     TopKConfig,
 )
 from models.balancing.crest import plan_crest
-from models.balancing.histograms import binary_bins, confidence_bins, merge_histograms
+from models.balancing.histograms import (
+    binary_bins,
+    confidence_bins,
+    merge_histograms,
+    packed_histogram,
+)
 from models.balancing.histograms import confidence_histogram as _confidence_histogram
 from models.balancing.ns_binned import (
     NS_EDGES,
@@ -77,8 +88,10 @@ __all__ = [
     "classes_per_image",
     "confidence_histogram",
     "is_at_boundary",
+    "merge_all_candidates",
     "merge_candidates",
     "merge_histograms",
+    "packed_histogram",
     "plan_balance",
     "randomly_rounded",
     "ranking",

@@ -1,6 +1,6 @@
 """Rows near a boundary, ranked so that any order of merging keeps the same ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 KeysOfRows = Callable[[NDArray[np.intp]], NDArray[np.str_]]
 Keys = NDArray[np.str_] | KeysOfRows
+
+_SORTED_TOGETHER = 2**17
 """The sample keys of N rows, or what gives those of some rows, where most are never asked for."""
 
 
@@ -63,16 +65,31 @@ def best_candidates(
     return Candidates(labels[is_best], confidences[is_best], keys[is_best], limits)
 
 
-def merge_candidates(first: Candidates, second: Candidates) -> Candidates:
-    """The best of both; associative and commutative, for rows of one rank are alike.
+def merge_candidates(first: Candidates, *others: Candidates) -> Candidates:
+    """The best of all; associative and commutative, for rows of one rank are alike.
 
     Raises: ValueError if their limits differ, that is, if they are of different plans.
     """
-    if not np.array_equal(first.limits, second.limits):
+    if not all(np.array_equal(first.limits, other.limits) for other in others):
         raise ValueError("candidates of different plans cannot be merged: their limits differ")
+    parts = [first, *others]
     return best_candidates(
-        np.concatenate([first.labels, second.labels]),
-        np.concatenate([first.confidences, second.confidences]),
-        np.concatenate([first.keys, second.keys]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.confidences for part in parts]),
+        np.concatenate([part.keys for part in parts]),
         first.limits,
     )
+
+
+def merge_all_candidates(parts: Iterable[Candidates]) -> Candidates:
+    """The best of at least one, of which not all need be there at once.
+
+    Sorting anew with each of many small parts would take as long as finding them.
+    """
+    waiting: list[Candidates] = []
+    for part in parts:
+        waiting.append(part)
+        num_rows = sum(len(one.labels) for one in waiting)
+        if num_rows > max(2 * len(waiting[0].labels), _SORTED_TOGETHER):
+            waiting = [merge_candidates(*waiting)]
+    return merge_candidates(*waiting)

@@ -59,8 +59,13 @@ def confidence_histogram(
     return counts.astype(np.int64, copy=False).reshape(num_classes, num_bins)
 
 
-def merge_histograms(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The histogram of both; associative and commutative.
+def packed_histogram(histogram: NDArray[np.int64]) -> NDArray[np.integer]:
+    """The same counts in as few bytes as hold each of them: what is sent between processes."""
+    return histogram.astype(np.min_scalar_type(int(histogram.max(initial=0))))
+
+
+def merge_histograms(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The histogram of both, packed or not; associative and commutative.
 
     Raises: ValueError if they differ in shape, which addition would hide by broadcasting.
     """
@@ -69,4 +74,4 @@ def merge_histograms(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDA
             f"histograms of shapes {first.shape} and {second.shape} are of different rules or "
             "label spaces"
         )
-    return first + second
+    return np.add(first, second, dtype=np.int64)

@@ -153,8 +153,13 @@ def is_tied(
 ) -> NDArray[np.bool_]:
     """Which rows have the confidence of the k-th of their class, where not all of them are kept."""
     check_rows(labels, confidences, len(ties.wanted))
-    is_last = confidences.astype(np.float64) == ties.plan.last_confidences[labels]
-    return is_last & (ties.wanted > 0)[labels]
+    of_class = np.flatnonzero((ties.wanted > 0)[labels])  # of most classes none is tied
+    is_last = (
+        confidences[of_class].astype(np.float64) == ties.plan.last_confidences[labels[of_class]]
+    )
+    found = np.zeros(len(labels), dtype=np.bool_)
+    found[of_class] = is_last
+    return found
 
 
 def top_k_candidates(

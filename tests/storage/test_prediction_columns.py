@@ -86,6 +86,17 @@ def test_keys_become_strings_only_where_one_asks():
     assert keys.utf8_of_rows(np.array([1])) == ["ü".encode()]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["00", "01", "ü", "03", "\x00\x00", "10"], ["0", "01", "ü", "003", "4", "10"], ["x"] * 6],
+)
+def test_keys_of_one_width_and_of_several_are_cut_alike(names: list[str]):
+    keys = KeyColumn(arrow.array(["first", *names]))[1:]
+    for rows in ([0, 1, 2, 3, 4, 5], [5, 0, 0], [2], [1, 5], []):
+        wanted = [names[row].encode() for row in rows]
+        assert keys.utf8_of_rows(np.array(rows, np.intp)) == wanted
+
+
 def test_counts_read_back_from_their_text():
     values = np.array([[0, 1, -5], [2**62, 0, 7]], np.int64)
     assert from_text(to_text(values), (2, 3)).tolist() == values.tolist()
