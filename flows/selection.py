@@ -115,7 +115,7 @@ def select_pseudo_labels(
     runner = ThreadPoolTaskRunner(max_workers=workers.num_workers)
     # Workers are closed first where this is interrupted: the runner waits for its threads.
     with scratch, runner, closing(workers):
-        inputs = selection.begin(opened, specification, labels)  # while processes start
+        inputs = selection.begin(opened, specification, labels, corpus)  # while processes start
         inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
 
         def submitted(
@@ -163,6 +163,7 @@ def select_pseudo_labels(
         labels,
         dev,
         config,
+        corpus=corpus,
         groups=groups,
         guard=guard,
         facts=gated | calibrated | planned.facts,

@@ -93,13 +93,19 @@ def specify(
     return Specification("select", VERSION, settings, inputs)
 
 
-def begin(store: Store, specification: Specification, labeling: Manifest) -> SelectionInputs:
+def begin(
+    store: Store, specification: Specification, labeling: Manifest, corpus: Corpus
+) -> SelectionInputs:
     """Return what every step starts from.
 
+    Args:
+        store: where it is.
+        specification: of the selection.
+        labeling: to be selected from.
+        corpus: that it labels.
     Raises: DamagedPredictions where some are gone; ManifestMismatch where they are not those of the
         labelling.
     """
-    corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
     labeler = labeling.inputs["labeler"].fingerprint
     shards = _prediction_references(store, labeling, corpus)
     settings = specification.settings
@@ -124,10 +130,10 @@ def calibrate(
 ) -> tuple[SelectionInputs, dict[str, Any]]:
     """Fit the calibration on the dev predictions; return it with ECE before and after."""
     inputs.assert_next("calibrate")
-    corpus = load_corpus(store, inputs.corpus)
-    first = prediction_record(store, inputs.labeler, corpus.shards[0].digest)
+    reference = next(iter(inputs.shards.values()))
+    first = prediction_record(store, inputs.labeler, reference.shard)
     kind = specification.settings["selection"]["calibration"]
-    check_calibration(kind, PredictionReference.of(first).form)
+    check_calibration(kind, reference.form)
     dev = None if kind == "none" else validation  # which a gate may have read
     calibration, facts = _calibration(store, kind, dev, first["facts"].get("temperature"))
     counts = None
@@ -196,6 +202,7 @@ def finish(
     validation: Manifest | None,
     config: SelectionConfig,
     *,
+    corpus: Corpus,
     groups: Sequence[Sequence[str]],
     guard: Manifest | None = None,
     facts: dict[str, Any],
@@ -210,6 +217,7 @@ def finish(
         labeling: whose predictions were selected from.
         validation: that was read, if any.
         config: the rules.
+        corpus: that was selected from.
         groups: of stems, as they were given to `write_selections`.
         guard: that was read, if any.
         facts: for the summary.
@@ -217,7 +225,6 @@ def finish(
         seconds: that the stage took, for its provenance.
     Raises: EmptySelection, CollapsedSelection (with the class table).
     """
-    corpus = load_corpus(store, labeling.inputs["corpus"].fingerprint)
     written, counts = written_shards(store, specification, corpus, groups)
     summary = summarize(counts, class_names=class_names, facts=facts)
     check_selection_is_sound(

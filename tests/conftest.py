@@ -29,7 +29,7 @@ from models.noise import AffineConfig, NoiseConfig
 from models.optimization import AdamWConfig, EmaConfig
 from models.thresholds import FixedThresholdConfig
 from models.training import TrainingConfig
-from storage.corpus import Corpus, save_corpus
+from storage.corpus import Corpus, load_corpus, save_corpus
 from storage.indexing import corpus_from_index, index_shards
 from storage.manifest import InputReference, Manifest, commit_manifest, put_object
 from storage.patterns import expand_shards
@@ -265,7 +265,8 @@ def run_selection(
             run(one_pass, store, inputs.of_shards(group), group, config, *more) for group in groups
         ]
 
-    inputs = selection.begin(store, specification, labels)
+    corpus = load_corpus(store, labels.inputs["corpus"].fingerprint)
+    inputs = selection.begin(store, specification, labels, corpus)
     if scratch is not None:
         inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
     inputs, gated = close_gates(store, inputs, config, validation, guard, mapped)
@@ -283,6 +284,7 @@ def run_selection(
         labels,
         validation,
         config,
+        corpus=corpus,
         groups=groups,
         guard=guard,
         facts=gated | calibrated | planned.facts,

@@ -48,7 +48,7 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         descriptors=[scratch.fileno()],
     )
     with memory, scratch, ThreadPoolExecutor(workers.num_workers) as pool, closing(workers):
-        inputs = selection.begin(store, specification, labels)
+        inputs = selection.begin(store, specification, labels, corpus)
         inputs = inputs.keeping_ranked(scratch.fileno(), config.balance)
         inputs, facts = selection.calibrate(
             store, specification, inputs.after("gate"), None, class_names=CLASS_NAMES
@@ -89,6 +89,7 @@ def select(folder: Path, problem: Problem) -> dict[str, Any]:
         labels,
         None,
         config,
+        corpus=corpus,
         groups=groups,
         facts=facts | planned.facts,
         class_names=CLASS_NAMES,

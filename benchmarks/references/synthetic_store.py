@@ -12,7 +12,7 @@ from PIL import Image
 from models.balancing import BalanceNoneConfig
 from models.thresholds import FixedThresholdConfig
 from models.training import TrainingConfig
-from storage.corpus import Corpus, save_corpus
+from storage.corpus import Corpus, load_corpus, save_corpus
 from storage.indexing import corpus_from_index, index_shards
 from storage.manifest import Manifest
 from storage.patterns import expand_shards
@@ -127,7 +127,8 @@ def _select_all(store: Store, labels: Manifest) -> Manifest:
     def mapped(one_pass: Any, inputs: Any, config: SelectionConfig, *more: Any) -> list[Any]:
         return [one_pass(store, inputs, stems, config, *more)]
 
-    inputs = selection.begin(store, specification, labels)
+    corpus = load_corpus(store, labels.inputs["corpus"].fingerprint)
+    inputs = selection.begin(store, specification, labels, corpus)
     inputs, _ = close_gates(store, inputs, config, None, None, mapped)
     inputs, facts = selection.calibrate(store, specification, inputs, None, class_names=CLASS_NAMES)
     planned = plan_selection(inputs, config, mapped)
@@ -140,6 +141,7 @@ def _select_all(store: Store, labels: Manifest) -> Manifest:
         labels,
         None,
         config,
+        corpus=corpus,
         groups=[stems],
         facts=facts,
         class_names=CLASS_NAMES,

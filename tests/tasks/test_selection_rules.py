@@ -22,7 +22,7 @@ from models.thresholds import (
     PerClassQuantileConfig,
 )
 from models.weighting import ConfidenceWeightConfig, SoftMatchConfig
-from storage.corpus import Corpus, Shard, save_corpus
+from storage.corpus import Corpus, Shard, load_corpus, save_corpus
 from storage.manifest import read_stored
 from storage.selections import Reason, from_parquet
 from tasks import selection, selection_passes, selection_writing
@@ -378,7 +378,8 @@ def test_steps_out_of_order_are_refused(lab):
     specification = selection.specify(
         chosen, labeling=labels.fingerprint, validation="none", seed=0, round_index=1
     )
-    begun = selection.begin(lab.store, specification, labels)
+    corpus = load_corpus(lab.store, labels.inputs["corpus"].fingerprint)
+    begun = selection.begin(lab.store, specification, labels, corpus)
     with pytest.raises(AssertionError, match="calibrate comes after"):
         selection.calibrate(lab.store, specification, begun, None, class_names=lab.class_names)
     inputs, _ = selection.calibrate(
