@@ -109,6 +109,7 @@ def philox4x32_numpy(
 
 
 _Words = npt.NDArray[np.uint64]
+"""Words of counters: one each, or one for all."""
 
 
 def _philox_words(

@@ -53,6 +53,7 @@ class KeptArrays:
 
     def keep(self, stem: str, arrays: Sequence[NDArray[Any]]) -> None:
         """Keep some arrays (N,), each with its own N, at most six."""
+        assert len(arrays) <= _MOST_ARRAYS, f"{len(arrays)} arrays have no room in a header"
         place = self.places[stem]
         # Their number and one: where nothing was written there are zeros.
         header = [len(arrays) + 1]

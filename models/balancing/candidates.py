@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 KeysOfRows = Callable[[NDArray[np.intp]], NDArray[np.str_]]
 Keys = NDArray[np.str_] | KeysOfRows
+"""The sample keys of N rows, or what gives those of some rows, where most are never asked for."""
 
 _SORTED_TOGETHER = 2**17
-"""The sample keys of N rows, or what gives those of some rows, where most are never asked for."""
 
 
 def keys_of(keys: Keys, num_rows: int) -> KeysOfRows:
@@ -82,9 +82,10 @@ def merge_candidates(first: Candidates, *others: Candidates) -> Candidates:
 
 
 def merge_all_candidates(parts: Iterable[Candidates]) -> Candidates:
-    """The best of at least one, of which not all need be there at once.
+    """The best of all parts, at least one, which need not all be there at once.
 
-    Sorting anew with each of many small parts would take as long as finding them.
+    Sorting anew with each of many small parts would take as long as finding them, so they wait
+    until they are as many rows as the best so far.
     """
     waiting: list[Candidates] = []
     for part in parts:

@@ -154,11 +154,9 @@ def is_tied(
     """Which rows have the confidence of the k-th of their class, where not all of them are kept."""
     check_rows(labels, confidences, len(ties.wanted))
     of_class = np.flatnonzero((ties.wanted > 0)[labels])  # of most classes none is tied
-    is_last = (
-        confidences[of_class].astype(np.float64) == ties.plan.last_confidences[labels[of_class]]
-    )
+    last_confidences = ties.plan.last_confidences[labels[of_class]]
     found = np.zeros(len(labels), dtype=np.bool_)
-    found[of_class] = is_last
+    found[of_class] = confidences[of_class].astype(np.float64) == last_confidences
     return found
 
 

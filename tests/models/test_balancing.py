@@ -25,9 +25,12 @@ from models.balancing import (
     advance_plan,
     assign_copies,
     boundary_candidates,
+    candidates,
     confidence_histogram,
+    merge_all_candidates,
     merge_candidates,
     merge_histograms,
+    packed_histogram,
     plan_balance,
     randomly_rounded,
     reads_keys,
@@ -123,6 +126,16 @@ def test_histograms_of_different_rules_are_not_added():
     b = confidence_histogram(TopKConfig(), np.array([0]), np.array([0.5]), num_classes=1)
     with pytest.raises(ValueError, match="different rules"):
         merge_histograms(a, b)
+
+
+def test_packed_histograms_are_the_same_counts_in_fewer_bytes():
+    counts = np.array([[255, 0], [3, 7]])
+    packed = packed_histogram(counts)
+    assert packed.dtype == np.uint8
+    merged = merge_histograms(merge_histograms(packed, packed), packed_histogram(1000 * counts))
+    assert merged.dtype == np.int64
+    assert merged.tolist() == (1002 * counts).tolist()
+    assert packed_histogram(counts[:0]).shape == (0, 2)
 
 
 # ---------------------------------------------------------------------------------- quota
@@ -404,6 +417,13 @@ def test_merging_candidates_is_associative_and_commutative(data: st.DataObject):
         a, b, c = (boundary_candidates(plan, s.labels, s.confidences, s.keys) for s in shards)
         left = merge_candidates(merge_candidates(a, b), c)
         right = merge_candidates(c, merge_candidates(b, a))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(candidates, "_SORTED_TOGETHER", data.draw(st.integers(0, 50)))
+            together = merge_all_candidates(iter([c, a, b]))
+        for found in (merge_candidates(b, c, a), together):
+            assert found.keys.tolist() == left.keys.tolist()
+            assert found.labels.tolist() == left.labels.tolist()
+            assert found.confidences.tolist() == left.confidences.tolist()
         assert left.keys.tolist() == right.keys.tolist()
         assert left.labels.tolist() == right.labels.tolist()
         assert left.confidences.tolist() == right.confidences.tolist()
