@@ -2,7 +2,8 @@
 
 Of each shard the kept rows (key, label, copies) are written into a file of their own; in the plans
 named `..._every_row` all rows are, each with its reason, from files whose sha256 was checked, into
-files that are synced to the disk: what our stage does. Copies are rounded by a hash of the
+files that are synced to the disk: what our stage does. Files are compressed by LZ4, as our keys
+are: with zstd both libraries take some hundredths longer. Copies are rounded by a hash of the
 library's own, so they may differ from ours where their expectation is not whole; keys, labels and
 reasons may not.
 """
@@ -132,12 +133,11 @@ def duckdb_every_row(files: str, out: Path, problem: Problem) -> None:
                    least({MAX_COPIES}, {quota} / least(n, {quota})) AS e
             FROM ranked
           )
-          SELECT shard, key, kept,
+          SELECT shard, key,
                  (CASE WHEN kept THEN 0 WHEN passes THEN 2 ELSE 1 END)::TINYINT AS reason,
                  (CASE WHEN kept THEN floor(e) + (
                    hash(shard, key) % 1000003 / 1000003.0 < e - floor(e))::INT ELSE 0 END
-                 )::USMALLINT AS copies,
-                 kept::FLOAT AS weight, label
+                 )::USMALLINT AS copies, label
           FROM expected
         ) TO '{out}' (FORMAT parquet, COMPRESSION lz4_raw, PARTITION_BY (shard))
     """)
@@ -199,10 +199,8 @@ def polars_every_row(files: str, out: Path, problem: Problem) -> None:
     rows = numbered.select(
         "shard",
         "key",
-        "kept",
         reason=pl.when("kept").then(0).when("passes").then(2).otherwise(1).cast(pl.Int8),
         copies=pl.when("kept").then(copies).otherwise(pl.lit(0, pl.UInt16)),
-        weight=pl.col("kept").cast(pl.Float32),
         label="label",
     )
     _write_parts(rows, out)
@@ -214,7 +212,7 @@ def _write_parts(rows: Any, out: Path) -> None:
     out.mkdir(parents=True)
     parts = rows.partition_by("shard", as_dict=True, include_key=False)
     for number, shard in enumerate(sorted(str(shard) for (shard,) in parts)):
-        parts[(shard,)].write_parquet(out / f"{number:05d}.parquet")
+        parts[(shard,)].write_parquet(out / f"{number:05d}.parquet", compression="lz4")
 
 
 def _verify(files: str) -> None:
