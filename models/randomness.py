@@ -26,6 +26,8 @@ INDICES_PER_BLOCK = 256
 
 WORDS_PER_CALL = 4
 
+_HASHED_TOGETHER = 512  # whose states, half a kilobyte each, stay in a core's cache
+
 
 class Block(IntEnum):
     """Fixed block numbers of the techniques; a new technique takes a new number, none is re-used.
@@ -64,10 +66,13 @@ def hash_utf8_keys(keys: Sequence[bytes], *, prefix: bytes = b"") -> npt.NDArray
     # Copied in two thirds of the time of making it anew, and called by `map` in four fifths of that
     # of a loop.
     copy = hashlib.blake2b(prefix, digest_size=8).copy
-    states = [copy() for _ in keys]
-    deque(map(hashlib.blake2b.update, states, keys), maxlen=0)
-    digests = b"".join(map(hashlib.blake2b.digest, states))
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+    digests: list[bytes] = []
+    for start in range(0, len(keys), _HASHED_TOGETHER):
+        some = keys[start : start + _HASHED_TOGETHER]
+        states = [copy() for _ in some]
+        deque(map(hashlib.blake2b.update, states, some), maxlen=0)
+        digests += map(hashlib.blake2b.digest, states)
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def derive_seed(*parts: int | str) -> int:

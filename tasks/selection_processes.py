@@ -42,8 +42,8 @@ _ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     # Arrays of up to megabytes come and go: their pages are kept, for the kernel clears each new
     # one; in few arenas, for what is kept is kept in each.
-    "MALLOC_MMAP_THRESHOLD_": str(2**22),
-    "MALLOC_TRIM_THRESHOLD_": str(2**24),
+    "MALLOC_MMAP_THRESHOLD_": str(2**24),
+    "MALLOC_TRIM_THRESHOLD_": str(2**25),
     "MALLOC_ARENA_MAX": "2",
 }
 
