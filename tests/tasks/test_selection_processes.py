@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -15,15 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.balancing import TopKConfig
+from models.balancing import CapMinConfig, TopKConfig
+from models.debiasing import DistributionAlignmentConfig
 from models.out_of_domain import EnergyConfig
 from models.thresholds import FixedThresholdConfig, PercentileThresholdConfig
-from models.weighting import SoftMatchConfig, WeightNoneConfig
+from models.weighting import ConfidenceWeightConfig, SoftMatchConfig, WeightNoneConfig
 from storage.manifest import StoredObject
 from storage.objects import CorruptObject
 from storage.prediction_columns import PredictionReference
-from storage.predictions import DamagedPredictions, prediction_record
-from tasks import selection_processes
+from storage.predictions import DamagedPredictions, prediction_record, write_predictions
+from tasks import labeling, selection_processes
 from tasks.distributions import Calibration
 from tasks.kept_arrays import KeptArrays
 from tasks.selection_config import SelectionConfig
@@ -38,6 +40,7 @@ from tasks.selection_processes import (
 )
 from tasks.selection_rows import Rows, SelectionInputs
 
+LABELER = "f" * 64
 CRASH = "select.between_data_and_record"
 
 
@@ -49,11 +52,13 @@ def workers():
 
 def plant(lab):
     rng = np.random.default_rng(3)
-    rows = {
-        shard.stem: [(str(i), int(rng.integers(3)), float(rng.uniform(0.4, 1))) for i in range(20)]
-        for shard in lab.unlabeled.shards
-    }
-    return lab.plant_labeling(lab.store, lab.unlabeled, rows)
+    for shard in lab.unlabeled.shards:
+        rows = [(str(i), int(rng.integers(3)), float(rng.uniform(0.4, 1))) for i in range(20)]
+        deviations = rng.uniform(0, 0.1, 20).astype(np.float32)
+        predictions = replace(lab.predictions_of(rows), uncertainty=deviations)
+        write_predictions(lab.store, LABELER, shard.digest, predictions, {"bad_samples": {}})
+    specification = labeling.specify(labeler=LABELER, corpus=lab.unlabeled.digest)
+    return labeling.finish(lab.store, specification, seconds=0.0)
 
 
 def groups_of(lab):
@@ -124,6 +129,44 @@ def test_passes_read_what_was_ranked_before_and_without_it_the_predictions(lab, 
     assert reads.count(("weight", False)) == num_shards
     assert size > 0
     assert second.sha256 == first.sha256
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"debias": DistributionAlignmentConfig(target="uniform"), "target": "soft"},
+        {"debias": DistributionAlignmentConfig(target="uniform"), "target": "hard"},
+        {
+            "balance": TopKConfig(k=11, upsample=False, classes_per_image=2),
+            "target": "hard",
+        },
+        {"balance": CapMinConfig(floor=1, by="uncertainty"), "target": "hard"},
+    ],
+    ids=["debiased soft", "debiased hard", "two classes", "by uncertainty"],
+)
+def test_what_one_pass_keeps_for_the_next_changes_no_byte(
+    lab, monkeypatch, changes: dict[str, Any]
+):
+    threshold, weighting = FixedThresholdConfig(confidence=0.5), ConfidenceWeightConfig()
+    labels, config = plant(lab), rules(threshold=threshold, weighting=weighting, **changes)
+    calibrated = []
+    compute = Calibration.labels_and_confidences
+
+    def noted(self, *arguments):
+        calibrated.append(self)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(Calibration, "labels_and_confidences", noted)
+    first = lab.select(labels, None, config, groups=groups_of(lab))
+    assert first.counts["unique"] > 0
+    num_calibrated = len(calibrated)
+    calibrated.clear()
+    shutil.rmtree(Path(lab.store.url) / "selections")
+    with TemporaryFile() as scratch:
+        second = lab.select(labels, None, config, groups=groups_of(lab), scratch=scratch)
+    assert second.sha256 == first.sha256
+    if "debias" in changes:
+        assert len(calibrated) == len(lab.unlabeled.shards) < num_calibrated
 
 
 def test_kept_arrays_come_back_as_they_were_or_not_at_all(monkeypatch):
