@@ -48,9 +48,10 @@ from models.weighting import SoftMatchConfig, moment_sums, softmatch_weights
 from storage.predictions import prediction_record, probability_sums
 from storage.store import Store
 from tasks.distributions import dense_probs
+from tasks.ranked_shard import RankedShard
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import outputs_of
-from tasks.selection_rows import RankedShard, Rows, SelectionInputs
+from tasks.selection_rows import Rows, SelectionInputs
 
 _POOLED_ROWS = 2**18
 

@@ -1,6 +1,6 @@
 """The predictions of one shard as a pass of a selection sees them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -24,6 +24,7 @@ from storage.selections import Reason
 from storage.store import Store
 from tasks.distributions import Calibration, Distributions, most_probable
 from tasks.kept_arrays import KeptArrays
+from tasks.ranked_shard import Ranked, RankedShard
 from tasks.selection_gates import NO_GATES, Gates, outputs_of
 
 Step = Literal["gate", "calibrate", "debias", "threshold", "weight", "balance", "write"]
@@ -77,7 +78,7 @@ class SelectionInputs:
         most_bytes = ((stem, row_bytes * shard.num_samples) for stem, shard in self.shards.items())
         return replace(self, kept=KeptArrays.of(descriptor, most_bytes))
 
-    def ranked_before(self, stem: str) -> "RankedShard | None":
+    def ranked_before(self, stem: str) -> RankedShard | None:
         """Return what an earlier pass found of a shard, where that was kept."""
         arrays = None if self.kept is None else self.kept.kept(stem)
         return None if arrays is None else RankedShard.of_arrays(arrays)
@@ -91,77 +92,6 @@ class SelectionInputs:
         """Assert that all steps before this one are done, and no other."""
         before = STEPS[: STEPS.index(step)]
         assert self.done == before, f"{step} comes after {before}, but {self.done} are done"
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Rows of a shard, each under a class; once, or under its most probable ones behind each other.
-
-    Attributes:
-        rows: (M,) in the shard, ascending.
-        labels: (M,) class; of one row each once, the most probable first.
-        values: (M,) in [0, 1], by which rows of a class are ranked, the best at 1.
-    """
-
-    rows: NDArray[np.intp]
-    labels: NDArray[np.integer]
-    values: NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class RankedShard:
-    """The rows of a shard, calibrated and debiased, and how those that pass are ranked.
-
-    Attributes:
-        labels: (N,).
-        confidences: (N,).
-        passes: (N,) bool, admitted and at the threshold.
-        otherwise: how they are ranked, where it is not once each, under their label and by their
-            confidence.
-    """
-
-    labels: NDArray[np.integer]
-    confidences: NDArray[np.floating]
-    passes: NDArray[np.bool_]
-    otherwise: Ranked | None = None
-
-    @property
-    def ranked(self) -> Ranked:
-        """The rows that pass as a balancing rule ranks them."""
-        if self.otherwise is not None:
-            return self.otherwise
-        rows = np.flatnonzero(self.passes)
-        return Ranked(rows, self.labels[rows], self.confidences[rows])
-
-    def ranked_where(
-        self,
-        chosen: Callable[[NDArray[np.integer], NDArray[np.floating]], NDArray[np.bool_]],
-    ) -> Ranked:
-        """Return those of `ranked` that are chosen, by their classes and values; a few of many."""
-        found = self.otherwise
-        if found is not None:
-            near = np.flatnonzero(chosen(found.labels, found.values))
-            return Ranked(found.rows[near], found.labels[near], found.values[near])
-        rows = np.flatnonzero(chosen(self.labels, self.confidences) & self.passes)
-        return Ranked(rows, self.labels[rows], self.confidences[rows])
-
-    def arrays(self) -> list[NDArray[Any]]:
-        """Return it as arrays; `of_arrays` makes it again."""
-        found: list[NDArray[Any]] = [self.labels, self.confidences, self.passes]
-        if self.otherwise is not None:
-            found += [self.otherwise.rows, self.otherwise.labels, self.otherwise.values]
-        return found
-
-    @classmethod
-    def of_arrays(cls, arrays: Sequence[NDArray[Any]]) -> "RankedShard":
-        """Make it of what `arrays` returned."""
-        labels, confidences, passes, *otherwise = arrays
-        return cls(labels, confidences, passes, Ranked(*otherwise) if otherwise else None)
-
-    @staticmethod
-    def most_bytes_of_a_row(balance: BalanceConfig) -> int:
-        """Return what the arrays take at most, for each row of the shard."""
-        return 8 + 8 + 1 + classes_per_image(balance) * (8 + 8 + 8)
 
 
 @dataclass
