@@ -146,10 +146,10 @@ class Selection:
         return cls(
             keys=keys if isinstance(keys, KeyColumn) else tuple(keys),
             kept=kept,
-            reason=reason.astype(np.int8),
-            copies=(copies * kept).astype(np.uint16),
-            weight=np.where(kept, weight, 0).astype(np.float32),
-            label=label.astype(np.uint32),
+            reason=reason.astype(np.int8, copy=False),
+            copies=(copies * kept).astype(np.uint16, copy=False),
+            weight=(weight * kept).astype(np.float32, copy=False),  # a tenth of the time of `where`
+            label=label.astype(np.uint32, copy=False),
             target_offsets=offsets,
             target_ids=ids,
             target_log_probs=values,

@@ -81,7 +81,7 @@ class ShardCounts:
         else:
             copies = np.bincount(item_classes, minlength=num_classes)
         reasons = np.bincount(selection.reason, minlength=len(Reason))
-        bins = (confidences * CONFIDENCE_BINS).astype(np.int64)
+        bins = (confidences * CONFIDENCE_BINS).astype(np.int32)
         np.minimum(bins, CONFIDENCE_BINS - 1, out=bins)
         known = np.flatnonzero(true_labels >= 0)  # of an unlabelled corpus mostly none
         correct = known[labels[known] == true_labels[known]]
@@ -149,7 +149,7 @@ _ARRAYS = (
 )
 
 
-def _counts_of_bins(bins: NDArray[np.int64]) -> NDArray[np.int64]:
+def _counts_of_bins(bins: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.bincount(bins, minlength=CONFIDENCE_BINS).astype(np.int64)
 
 
