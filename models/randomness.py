@@ -26,6 +26,9 @@ INDICES_PER_BLOCK = 256
 
 WORDS_PER_CALL = 4
 
+_Words = npt.NDArray[np.uint64]
+"""Words of counters: one each, or one for all."""
+
 _HASHED_TOGETHER = 512  # whose states, half a kilobyte each, stay in a core's cache
 
 
@@ -111,10 +114,6 @@ def philox4x32_numpy(
     """
     c0, c1, c2, c3 = (counter[..., i] for i in range(WORDS_PER_CALL))
     return np.stack(_philox_words(c0, c1, c2, c3, key), axis=-1)
-
-
-_Words = npt.NDArray[np.uint64]
-"""Words of counters: one each, or one for all."""
 
 
 def _philox_words(

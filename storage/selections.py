@@ -122,7 +122,7 @@ class Selection:
             keys: N in-shard keys.
             reason: (N,) of `Reason`.
             copies: (N,).
-            weight: (N,).
+            weight: (N,), finite.
             label: (N,).
             log_probs: (N, C) of all classes, or (N, k) of those in `class_ids`.
             class_ids: (N, k); None where all classes are there in their order.

@@ -60,10 +60,10 @@ class KeptArrays:
         for array in arrays:
             header += [ord(array.dtype.char), len(array)]
         written = np.array(header, _HEADER).tobytes()
+        parts = [np.ascontiguousarray(array).data for array in arrays]
+        size = sum(part.nbytes for part in parts)
         with suppress(OSError):
             # The header last: what a process that dies has begun is not there.
-            parts = [np.ascontiguousarray(array).data for array in arrays]
-            size = sum(part.nbytes for part in parts)
             if os.pwritev(self.descriptor, parts, place + _HEADER_BYTES) == size:
                 os.pwrite(self.descriptor, written, place)
 
@@ -74,11 +74,11 @@ class KeptArrays:
         if len(data) < _HEADER_BYTES:
             return None
         header: list[int] = np.frombuffer(data, _HEADER).tolist()
-        following = header[0]
-        if following == 0:  # nothing was written here
+        num_arrays = header[0] - 1
+        if num_arrays < 0:  # nothing was written here
             return None
-        kinds = [np.dtype(chr(kind)) for kind in header[1 : 2 * following - 1 : 2]]
-        lengths = header[2 : 2 * following - 1 : 2]
+        kinds = [np.dtype(chr(kind)) for kind in header[1::2][:num_arrays]]
+        lengths = header[2::2][:num_arrays]
         sizes = [kind.itemsize * length for kind, length in zip(kinds, lengths, strict=True)]
         data = os.pread(self.descriptor, sum(sizes), place + _HEADER_BYTES)
         arrays: list[NDArray[Any]] = []

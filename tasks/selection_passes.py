@@ -45,13 +45,14 @@ from models.thresholds import (
     threshold_values,
 )
 from models.weighting import SoftMatchConfig, moment_sums, softmatch_weights
+from storage.prediction_columns import PredictionColumns
 from storage.predictions import prediction_record, probability_sums
 from storage.store import Store
 from tasks.distributions import dense_probs
 from tasks.ranked_shard import RankedShard
 from tasks.selection_config import SelectionConfig
 from tasks.selection_gates import outputs_of
-from tasks.selection_rows import Rows, SelectionInputs
+from tasks.selection_rows import Rows, SelectionInputs, sample_keys_of
 
 _POOLED_ROWS = 2**18
 
@@ -221,7 +222,8 @@ def collect_candidates(
         labels.append(near.labels)
         confidences.append(near.values)
         if with_keys and len(near.rows):
-            keys.append(Rows.read(store, inputs, stem).sample_keys(near.rows))
+            columns = PredictionColumns(store, inputs.shards[stem], verify=False)
+            keys.append(sample_keys_of(stem, columns.read(["key"])["key"], near.rows))
     return boundary_candidates(
         plan,
         np.concatenate(labels),

@@ -7,12 +7,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from models.balancing import (
-    BalanceConfig,
-    classes_per_image,
-    ranking,
-    ranks_by_uncertainty,
-)
+from models.balancing import BalanceConfig, classes_per_image, ranking, ranks_by_uncertainty
 from models.randomness import hash_utf8_keys
 from models.thresholds import FinishedThresholds, reaches_thresholds
 from models.top_k_probs import TopKProbs
@@ -202,8 +197,7 @@ class Rows:
         """Return the sample keys of some rows."""
         if not len(rows):
             return np.zeros(0, dtype=np.str_)
-        keys = [sample_key(self.stem, key) for key in self.in_shard_keys().of_rows(rows)]
-        return np.array(keys, dtype=np.str_)
+        return sample_keys_of(self.stem, self.in_shard_keys(), rows)
 
     def key_hashes(self, rows: NDArray[np.intp]) -> NDArray[np.uint64]:
         """Return the hashes of the sample keys of some rows, see `models.randomness`."""
@@ -297,6 +291,11 @@ class Rows:
             np.concatenate([*(found.class_ids for found in tops), listed.class_ids[:0]]),
             np.concatenate([*(found.rest_mass for found in tops), listed.rest_mass[:0]]),
         )
+
+
+def sample_keys_of(stem: str, keys: KeyColumn, rows: NDArray[np.intp]) -> NDArray[np.str_]:
+    """Return the sample keys of some rows of a shard, from its in-shard keys."""
+    return np.array([sample_key(stem, key) for key in keys.of_rows(rows)], dtype=np.str_)
 
 
 def _not_asked() -> NDArray[np.floating]:

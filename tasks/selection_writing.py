@@ -199,11 +199,11 @@ def _select(
     )
     reason = np.full(rows.num_samples, Reason.BELOW_THRESHOLD, dtype=np.int8)
     reason[ranked.rows] = Reason.OVER_QUOTA
-    reason[ranked.rows[np.flatnonzero(found > 0)]] = Reason.KEPT
+    taken = np.flatnonzero(found > 0)  # numbers, which pick faster than a mask
+    reason[ranked.rows[taken]] = Reason.KEPT
     if rows.turned_down is not None:
         reason = np.where(rows.turned_down == Reason.KEPT, reason, rows.turned_down)
     if classes_per_image(config.balance) > 1:
-        taken = found > 0
         selection = Selection.of_several(
             rows.in_shard_keys(),
             reason=reason,

@@ -16,8 +16,8 @@ _READ_IN_A_ROW = 64
 
 def read_of_each(shards: Sequence[Shard], read: Callable[[Shard], T]) -> list[tuple[Shard, T]]:
     """Return every shard, in its order, with what `read` finds of it; called from threads."""
-    size = min(-(-len(shards) // _READERS), _READ_IN_A_ROW)
-    parts = [shards[start : start + size] for start in range(0, len(shards), size or 1)]
+    size = max(1, min(-(-len(shards) // _READERS), _READ_IN_A_ROW))
+    parts = [shards[start : start + size] for start in range(0, len(shards), size)]
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda part: [read(shard) for shard in part], parts)
         return list(zip(shards, chain.from_iterable(found), strict=True))

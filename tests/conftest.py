@@ -190,14 +190,16 @@ def predictions_of(rows: Sequence[Sequence[Any]], *, num_classes: int = 3) -> Pr
 def plant_labeling(
     store: Store,
     corpus: Corpus,
-    rows: Mapping[str, Sequence[Sequence[Any]]],
+    rows: Mapping[str, Sequence[Sequence[Any]] | Predictions],
     *,
     labeler: str = "f" * 64,
     num_classes: int = 3,
 ) -> Manifest:
     """A finished labelling whose predictions were made up, by stem."""
     for shard in corpus.shards:
-        predictions = predictions_of(rows[shard.stem], num_classes=num_classes)
+        predictions = rows[shard.stem]
+        if not isinstance(predictions, Predictions):
+            predictions = predictions_of(predictions, num_classes=num_classes)
         write_predictions(store, labeler, shard.digest, predictions, {"bad_samples": {}})
     specification = labeling.specify(labeler=labeler, corpus=corpus.digest)
     return labeling.finish(store, specification, seconds=0.0)

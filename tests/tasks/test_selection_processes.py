@@ -24,8 +24,8 @@ from models.weighting import ConfidenceWeightConfig, SoftMatchConfig, WeightNone
 from storage.manifest import StoredObject
 from storage.objects import CorruptObject
 from storage.prediction_columns import PredictionReference
-from storage.predictions import DamagedPredictions, prediction_record, write_predictions
-from tasks import labeling, selection_processes
+from storage.predictions import DamagedPredictions, prediction_record
+from tasks import selection_processes
 from tasks.distributions import Calibration
 from tasks.kept_arrays import KeptArrays
 from tasks.selection_config import SelectionConfig
@@ -40,7 +40,6 @@ from tasks.selection_processes import (
 )
 from tasks.selection_rows import Rows, SelectionInputs
 
-LABELER = "f" * 64
 CRASH = "select.between_data_and_record"
 
 
@@ -52,13 +51,12 @@ def workers():
 
 def plant(lab):
     rng = np.random.default_rng(3)
+    predictions = {}
     for shard in lab.unlabeled.shards:
         rows = [(str(i), int(rng.integers(3)), float(rng.uniform(0.4, 1))) for i in range(20)]
         deviations = rng.uniform(0, 0.1, 20).astype(np.float32)
-        predictions = replace(lab.predictions_of(rows), uncertainty=deviations)
-        write_predictions(lab.store, LABELER, shard.digest, predictions, {"bad_samples": {}})
-    specification = labeling.specify(labeler=LABELER, corpus=lab.unlabeled.digest)
-    return labeling.finish(lab.store, specification, seconds=0.0)
+        predictions[shard.stem] = replace(lab.predictions_of(rows), uncertainty=deviations)
+    return lab.plant_labeling(lab.store, lab.unlabeled, predictions)
 
 
 def groups_of(lab):
