@@ -284,8 +284,9 @@ def open_artifact(page: Page, shown: Shown, version: str, key: str) -> None:
     only those in the window.
     """
     page.goto(f"{shown.url}{version}/artifacts/key/{key}")
-    page.locator("a[href*='/artifacts/artifact/']").first.click()
-    page.wait_for_url(re.compile("/artifacts/artifact/"))
+    link = page.locator("a[href*='/artifacts/artifact/']").first
+    # Its address and no click, which is lost where the page draws its list anew at that moment.
+    page.goto(link.evaluate("one => one.href"))
 
 
 def open_form(page: Page, shown: Shown, deployment: str) -> None:
