@@ -1,4 +1,4 @@
-"""The processes that carry out a selection's passes: `python -m tasks.selection_worker FD...`.
+"""The processes that carry out a selection's passes: `python -m tasks.selection_worker PID FD...`.
 
 The process that is started imports what passes need, once, and forks a worker for each of the
 connections it was given. Each worker carries out what comes over its connection until that ends.
@@ -32,8 +32,16 @@ Answer = tuple[Any, BaseException | None]
 _OBJECTS_BEFORE_COLLECTION = 100_000
 
 
-def main(descriptors: Sequence[int]) -> None:
-    """Fork a worker for each connection and wait until all of them have ended."""
+def main(parent: int, descriptors: Sequence[int]) -> None:
+    """Fork a worker for each connection, wait until all of them have ended, and end this process.
+
+    Args:
+        parent: process that has started this one.
+        descriptors: of the workers' ends of the connections.
+    """
+    die_with_parent()
+    if os.getppid() != parent:  # it died before
+        return
     gc.freeze()  # or the first collection of each worker would copy what all of them share
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     server = os.getpid()
@@ -50,6 +58,7 @@ def main(descriptors: Sequence[int]) -> None:
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
             print(f"worker {worker} was ended by {name}", file=sys.stderr, flush=True)
+    os._exit(0)  # somebody waits for it, and taking apart what was imported takes its time
 
 
 def _work(own: int, others: Sequence[int]) -> None:
@@ -97,4 +106,4 @@ def _pickled(answer: Answer) -> bytes:
 
 
 if __name__ == "__main__":
-    main([int(number) for number in sys.argv[1:]])
+    main(int(sys.argv[1]), [int(number) for number in sys.argv[2:]])

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -318,6 +319,15 @@ def test_nothing_outlives_a_run_that_is_killed(is_busy):
     run.wait()
     run.stdout.close()
     assert not remaining(processes)
+
+
+def test_workers_whose_run_died_while_they_started_end():
+    ours, theirs = Pipe()
+    with ours, theirs:
+        command = [sys.executable, "-m", "tasks.selection_worker", "1", str(theirs.fileno())]
+        done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=60, check=False)
+        assert done.returncode == 0
+        assert not ours.poll(), "a worker was forked and said that it is ready"
 
 
 def test_small_corpora_and_single_workers_stay_in_this_process(monkeypatch):
