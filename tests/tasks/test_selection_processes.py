@@ -324,7 +324,8 @@ def test_nothing_outlives_a_run_that_is_killed(is_busy):
 def test_workers_whose_run_died_while_they_started_end():
     ours, theirs = Pipe()
     with ours, theirs:
-        command = [sys.executable, "-m", "tasks.selection_worker", "1", str(theirs.fileno())]
+        another = str(os.getppid())
+        command = [sys.executable, "-m", "tasks.selection_worker", another, str(theirs.fileno())]
         done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=60, check=False)
         assert done.returncode == 0
         assert not ours.poll(), "a worker was forked and said that it is ready"
