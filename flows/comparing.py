@@ -114,6 +114,7 @@ class RunComparison:
         runs: names.
         states: done, failed, stopped or unfinished.
         config: keys whose values differ.
+        approvals: the answers that each run was given, by round, in the forms of the status.
         inputs: split -> digests of the corpora; None where a run has none.
         rounds: by index, as many as the longer run has.
         baseline: of both.
@@ -127,6 +128,7 @@ class RunComparison:
     runs: tuple[str, str]
     states: tuple[str, str]
     config: tuple[ConfigDifference, ...]
+    approvals: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
     inputs: dict[str, tuple[str | None, str | None]]
     rounds: tuple[ComparedModels, ...]
     baseline: ComparedModels
@@ -143,6 +145,7 @@ class RunComparison:
             "runs": list(self.runs),
             "states": list(self.states),
             "config": [asdict(one) for one in self.config],
+            "approvals": [list(answers) for answers in self.approvals],
             "inputs": [
                 {"split": split, "digests": list(digests)} for split, digests in self.inputs.items()
             ],
@@ -193,6 +196,7 @@ def compare_runs(store: Store, first: str, second: str) -> RunComparison:
         runs=(first, second),
         states=(statuses[0]["state"], statuses[1]["state"]),
         config=tuple(_config_differences(*runs)),
+        approvals=(statuses[0]["approvals"], statuses[1]["approvals"]),
         inputs={
             split: (getattr(runs[0].pins, split), getattr(runs[1].pins, split)) for split in SPLITS
         },

@@ -1,6 +1,7 @@
 """What `selftrain compare` shows: tables of two runs side by side."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -35,10 +36,29 @@ def _print_config(found: RunComparison) -> None:
         if digests[0] != digests[1]:
             shown = [UNKNOWN if digest is None else digest[:12] for digest in digests]
             table.add_row(f"images of {split}", *shown)
+    answers = [{one["round_index"]: one for one in given} for given in found.approvals]
+    for index in sorted({*answers[0], *answers[1]}):
+        pair = [of_run.get(index) for of_run in answers]
+        if _effect(pair[0]) != _effect(pair[1]):
+            table.add_row(f"answer in round {index}", *map(_answer, pair))
     if table.row_count:
         out.print(table)
     else:
         out.print("The configs differ in nothing but the name, and the images are the same.")
+
+
+def _effect(approval: Mapping[str, Any] | None) -> tuple[bool, float | None]:
+    """Return what of an answer a run went by: whether it ended, and the threshold from then on."""
+    if approval is None:
+        return False, None
+    return approval["answer"] == "reject", approval["threshold"]
+
+
+def _answer(approval: Mapping[str, Any] | None) -> str:
+    if approval is None:
+        return UNKNOWN
+    threshold = approval["threshold"]
+    return approval["answer"] + ("" if threshold is None else f", threshold {threshold:g}")
 
 
 def _print_accuracies(found: RunComparison) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flows.cli import app
 from flows.comparing import ConfigDifference, RunComparison, compare_runs
 from flows.config import SelfTrainingConfig
 from flows.self_training import self_training
+from flows.terminal_comparison import print_comparison
 from storage.store import Store, open_store
 
 MakeConfig = Callable[..., SelfTrainingConfig]
@@ -134,7 +136,7 @@ def test_json_is_all_of_stdout_and_has_the_documented_keys(store: Store) -> None
     answer = json.loads(result.stdout)
     assert set(answer) == {
         *("schema", "store", "runs", "states", "config", "inputs", "rounds", "baseline"),
-        *("result", "costs", "shared_stages"),
+        *("approvals", "result", "costs", "shared_stages"),
     }
     assert (answer["schema"], answer["runs"]) == (1, ["loose", "strict"])
     assert [one["round_index"] for one in answer["rounds"]] == [0, 1]
@@ -153,6 +155,30 @@ def test_tables_name_both_runs_what_differs_and_how_it_was_compared(store: Store
         *("paired, 15 images, p = ", "result (round", "1 label", "pseudo-labels", "device time"),
     ):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (("accept", 0.9), None, ["accept, threshold 0.9", "n/a"]),
+        (("accept", None), ("reject", None), ["accept", "reject"]),
+        (("accept", None), None, []),
+        (("accept", 0.9), ("accept", 0.9), []),
+    ],
+)
+def test_answers_of_people_are_named_where_the_runs_went_on_otherwise_by_them(
+    found: RunComparison, capsys: pytest.CaptureFixture[str], first: Any, second: Any, shown: Any
+) -> None:
+    def given(answer: tuple[str, float | None] | None) -> list[dict[str, Any]]:
+        if answer is None:
+            return []
+        return [{"round_index": 1, "answer": answer[0], "threshold": answer[1], "by": "ada"}]
+
+    print_comparison(replace(found, approvals=(given(first), given(second))))
+
+    rows = [line for line in capsys.readouterr().out.splitlines() if "answer in round 1" in line]
+    assert len(rows) == bool(shown)
+    assert all(text in row for row in rows for text in shown)
 
 
 def test_unknown_run_is_wrong_usage_and_names_the_known_ones(store: Store) -> None:
