@@ -224,14 +224,15 @@ def _thresholds(
 ) -> tuple[float | None, float | None]:
     """Return the threshold of a class, and the confidence from which on its quota kept it.
 
-    A summary has one number a class: the larger of the two. Where the rule learns its thresholds
-    and a quota follows, the rule's own cannot be told from it.
+    A learned one that a quota followed is None of selections that did not store it by itself.
     """
     by_class = summary.get("class_thresholds")
     kept_from = None if by_class is None else float(by_class[label])
     rule = rules["threshold"]
     if rule["kind"] in ("fixed", "uncertainty", "agreement"):
         return float(rule["confidence"]), kept_from
+    if "learned_thresholds" in summary:
+        return float(summary["learned_thresholds"][label]), kept_from
     return (kept_from if rules["balance"]["kind"] == "none" else None), kept_from
 
 

@@ -328,17 +328,22 @@ def _balance(inputs: SelectionInputs, config: SelectionConfig, mapped: Mapped) -
 def _plan_facts(
     plan: FinishedPlan, thresholds: FinishedThresholds, balance: BalanceConfig
 ) -> dict[str, Any]:
-    """Return from where on each class is kept, and its quota."""
+    """Return from where on each class is kept, by the rule and with its quota, and the quota."""
     values = threshold_values(thresholds)
-    is_learned = isinstance(thresholds, ClassThresholds)
-    learned = {"class_thresholds": np.asarray(values).tolist()} if is_learned else {}
+    learned: dict[str, Any] = {}
+    of_rule: dict[str, Any] = {}
+    if isinstance(thresholds, ClassThresholds):
+        learned["learned_thresholds"] = np.asarray(values).tolist()
+        of_rule["class_thresholds"] = learned["learned_thresholds"]
     if isinstance(plan, NoBalancePlan):
-        return learned
+        return learned | of_rule
     if isinstance(plan, NsBinnedPlan):
-        return {"class_thresholds": plan.thresholds(values).tolist(), "quota": plan.quota}
+        kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
+        return learned | kept_from | {"quota": plan.quota}
     if ranks_by_uncertainty(balance):
-        kept_from = learned | {"class_max_std": (1 - plan.last_confidences).tolist()}
+        kept_from = of_rule | {"class_max_std": (1 - plan.last_confidences).tolist()}
     else:
         kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
     quotas = cast("list[int]", plan.quotas.tolist())
-    return kept_from | ({"quota": quotas[0]} if len(set(quotas)) == 1 else {"quotas": quotas})
+    quota = {"quota": quotas[0]} if len(set(quotas)) == 1 else {"quotas": quotas}
+    return learned | kept_from | quota

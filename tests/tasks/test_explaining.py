@@ -11,6 +11,7 @@ from models.thresholds import FixedThresholdConfig, PercentileThresholdConfig
 from models.weighting import ConfidenceWeightConfig
 from storage.manifest import read_stored
 from storage.selections import from_parquet
+from tasks import selection
 from tasks.explaining import explain_round, read_image
 from tasks.selection import SelectionConfig
 
@@ -26,13 +27,13 @@ def labels(lab):
 
 
 def explained(lab, labels, key, config, validation=None) -> Any:
-    selection = lab.select(labels, validation, config)
+    selected = lab.select(labels, validation, config)
     return explain_round(
         lab.store,
         lab.unlabeled.shard(STEM),
         key,
         labeling=labels,
-        selection=selection,
+        selection=selected,
         class_names=lab.class_names,
     )
 
@@ -96,13 +97,22 @@ def test_an_image_thinned_at_random_is_told_from_one_below_the_cut(lab):
     }
 
 
-def test_a_learned_threshold_is_shown_where_no_quota_hides_it(lab, labels):
+@pytest.mark.parametrize("has_it_stored", [True, False])
+def test_a_learned_threshold_is_shown_apart_from_the_quota(lab, labels, monkeypatch, has_it_stored):
     config = rules(threshold=PercentileThresholdConfig(step=50))
     # 50 % of the eight confidences .9 .8 .75 .75 .75 .75 .7 .5: numpy's median is 0.75.
     judged = explained(lab, labels, "d", config).judgement
     assert (judged.threshold, judged.kept_from) == pytest.approx((0.75, 0.75))
     quota = rules(threshold=PercentileThresholdConfig(step=50), balance=TopKConfig(k=1))
-    assert explained(lab, labels, "d", quota).judgement.threshold is None
+    if not has_it_stored:  # as in selections of earlier versions
+        whole = selection.read_summary
+        monkeypatch.setattr(
+            "tasks.explaining.read_summary",
+            lambda *args: {k: v for k, v in whole(*args).items() if k != "learned_thresholds"},
+        )
+    judged = explained(lab, labels, "a", quota).judgement
+    assert judged.threshold == (pytest.approx(0.75) if has_it_stored else None)
+    assert judged.kept_from > 0.75
 
 
 def test_calibrated_and_debiased_confidences_are_those_of_the_selection(lab, labels):
@@ -115,8 +125,8 @@ def test_calibrated_and_debiased_confidences_are_those_of_the_selection(lab, lab
     )
     validation = lab.plant_validation(lab.store, dev)
     config = rules(calibration="temperature", debias=LogitAdjustConfig(tau=1.0))
-    selection = lab.select(labels, validation, config)
-    stored = selection.object(lab.unlabeled.shard(STEM).digest)
+    selected = lab.select(labels, validation, config)
+    stored = selected.object(lab.unlabeled.shard(STEM).digest)
     chosen = from_parquet(read_stored(lab.store, stored), num_samples=4)
     for row, key in enumerate(chosen.keys):
         found = explained(lab, labels, key, config, validation)
