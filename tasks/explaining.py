@@ -13,10 +13,12 @@ from storage.predictions import Predictions, prediction_record, read_predictions
 from storage.samples import sample_key
 from storage.selections import Reason, Selection
 from storage.store import Store
+from tasks.guarding import Leak, read_leaks
 from tasks.judged_predictions import calibrated_confidences, is_debiased, judged
 from tasks.report_formats import words
 from tasks.selection import read_summary
 from tasks.shard_openers import read_chosen
+from tasks.specifications import finished_result
 
 TOP_CLASSES = 3
 
@@ -145,6 +147,7 @@ def explain_round(
             rules=selection.settings["selection"],
             summary=read_summary(store, selection),
             class_names=class_names,
+            leak=_leak(store, selection, shard, key),
         ),
         truth=class_names[truth] if truth >= 0 else None,
     )
@@ -187,6 +190,7 @@ def _judgement(
     rules: Mapping[str, Any],
     summary: Mapping[str, Any],
     class_names: Sequence[str],
+    leak: Leak | None,
 ) -> Judgement:
     labels, confidences = judged(predictions, summary)
     label, confidence = int(labels[row]), float(confidences[row])
@@ -210,6 +214,7 @@ def _judgement(
             uncertainty=_at(predictions.uncertainty, row),
             agreement=_at(predictions.agreement, row),
             max_std=summary["class_max_std"][label] if "class_max_std" in summary else None,
+            leak=leak,
         ),
         copies=int(chosen.copies[chosen_row]),
         weight=float(chosen.weight[chosen_row]),
@@ -217,6 +222,15 @@ def _judgement(
         target_top=target_top,
         rest_mass=float(chosen.rest_mass[chosen_row]),
     )
+
+
+def _leak(store: Store, selection: Manifest, shard: Shard, key: str) -> Leak | None:
+    """Return what the selection's leak guard found of a sample."""
+    guard = selection.inputs.get("leaks")
+    if guard is None:
+        return None
+    leaks = read_leaks(store, finished_result(store, "guard", guard.fingerprint))
+    return next((leak for leak in leaks.get(shard.stem, ()) if leak.key == key), None)
 
 
 def _thresholds(
@@ -246,10 +260,13 @@ def _reason_in_words(
     uncertainty: float | None,
     agreement: float | None,
     max_std: float | None,
+    leak: Leak | None,
 ) -> str:
     match reason:
         case Reason.KEPT:
             return "kept"
+        case Reason.LEAKED if leak is not None:
+            return f"leaked: a copy of {leak.of} of {leak.split}, similarity {leak.similarity:.3f}"
         case Reason.BELOW_THRESHOLD if threshold is None:
             return f"confidence {confidence:.4f} is below the threshold of its class"
         case Reason.BELOW_THRESHOLD if _is_below(confidence, threshold):

@@ -15,6 +15,7 @@ from storage.manifest import InputReference, Manifest, commit_manifest, put_obje
 from storage.predictions import write_predictions
 from storage.selections import Reason, from_parquet
 from tasks import guarding, labeling, selection
+from tasks.explaining import explain_round
 from tasks.selection import SelectionConfig, read_summary
 
 ROWS = {
@@ -103,6 +104,24 @@ def test_leaked_samples_are_never_kept_and_their_reason_is_stored(lab):
     assert summary["reasons"]["leaked"] == 3
     assert summary["samples"] == 11
     assert set(manifest.inputs) == {"labeling", "leaks"}
+
+
+def test_a_leaked_sample_is_explained_by_what_it_is_a_copy_of(lab):
+    corpus = corpus_of(lab, ROWS)
+    labels = lab.plant_labeling(lab.store, corpus, ROWS)
+    manifest = lab.select(labels, None, config(), guard=plant_guard(lab, LEAKS, corpus))
+    verdicts = {
+        key: explain_round(
+            lab.store,
+            corpus.shard("a"),
+            key,
+            labeling=labels,
+            selection=manifest,
+            class_names=lab.class_names,
+        ).judgement.reason_in_words
+        for key in ("0", "1")
+    }
+    assert verdicts == {"0": "leaked: a copy of dev-0/x of dev, similarity 1.000", "1": "kept"}
 
 
 @pytest.mark.parametrize(
