@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from flows import engines
 from flows.engine_config import DaskEngine, EngineConfig, LocalEngine, RayEngine
 from flows.engines import EngineMissing, WorkersLost
-from flows.labeling import label_corpus, local_workers
+from flows.labeling import label_corpus, label_group_here, local_workers
 from storage.corpus import Shard
+from tasks.devices import DeviceType
 from tasks.label_processes import LabelWorkerLost, ThisProcess, WorkerProcesses
 from tasks.labeling_config import LabelingConfig
+from tasks.policies import GPU_LIMIT
 
 
 def cluster(engine: Any, name: str) -> Any:
@@ -74,6 +79,19 @@ def test_every_engine_gives_the_bytes_of_one_process(
 ) -> None:
     teacher = pipeline.teacher.fingerprint
     found = label(taught, teacher, engine)
+    assert found["manifest_sha256"] == pipeline.labels.sha256
+    assert predictions_of(taught, teacher) == predictions_of(pipeline.lab, teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_dask_cluster_that_is_there_is_used_by_its_address(pipeline: Any, taught: Any) -> None:
+    dask: Any = pytest.importorskip("distributed", reason="pip install 'selftrain[dask]'")
+    teacher = pipeline.teacher.fingerprint
+    with dask.LocalCluster(
+        n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+    ) as there:
+        found = label(taught, teacher, DaskEngine(address=there.scheduler_address))
     assert found["manifest_sha256"] == pipeline.labels.sha256
     assert predictions_of(taught, teacher) == predictions_of(pipeline.lab, teacher)
 
@@ -248,3 +266,38 @@ def test_the_device_of_a_cluster_is_that_of_its_gpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert engines.device_of(LocalEngine(), "auto") == "cuda"
     assert engines.device_of(LocalEngine(), "cpu") == "cpu"
+
+
+def test_a_task_of_a_cluster_waits_for_a_gpu_of_its_own() -> None:
+    dask: Any = pytest.importorskip("dask.base", reason="pip install 'selftrain[dask]'")
+    with engines.taking_resources(DaskEngine(), "cuda"):
+        assert dask.get_annotations() == {"resources": {"GPU": 1}}
+    with engines.taking_resources(DaskEngine(), "cpu"):
+        assert dask.get_annotations() == {}
+    context: Any = pytest.importorskip("prefect_ray.context", reason="pip install 'selftrain[ray]'")
+    numbers: dict[DeviceType, int] = {"cuda": 1, "cpu": 0}
+    for device, gpus in numbers.items():
+        with engines.taking_resources(RayEngine(), device):
+            options = context.RemoteOptionsContext.get().current_remote_options
+            assert (options["num_cpus"], options["num_gpus"]) == (1, gpus)
+
+
+@pytest.mark.parametrize(("device", "slots"), [("cuda", 1), ("cpu", 0)])
+def test_a_group_on_a_gpu_takes_a_slot_of_prefects_limit_while_it_is_labelled(
+    monkeypatch: pytest.MonkeyPatch, device: str, slots: int
+) -> None:
+    held: list[str] = []
+
+    @contextmanager
+    def concurrency(name: str, *, occupy: int, lease_duration: float) -> Iterator[None]:
+        held.extend([name] * occupy)
+        yield
+        held.clear()
+
+    seen: list[list[str]] = []
+    workers: Any = SimpleNamespace(label=lambda job, stems, on_shard: seen.append([*held]))
+    monkeypatch.setattr("flows.labeling.concurrency", concurrency)
+    label_here: Any = label_group_here.fn
+    label_here(workers, SimpleNamespace(device=device), ["a"], print)
+    assert seen == [[GPU_LIMIT] * slots]
+    assert held == []
