@@ -313,6 +313,15 @@ def test_record_of_another_shard_is_refused(tmp_path):
         read_record(store, LABELER, "b" * 64)
 
 
+def test_record_of_another_labeler_is_refused(tmp_path):
+    store = open_store(str(tmp_path))
+    write_predictions(store, LABELER, SHARD, make(), {})
+    moved = store.read(record_path(LABELER, SHARD))
+    store.create(record_path("e" * 64, SHARD), moved)
+    with pytest.raises(ManifestMismatch, match="labeler is 'fff"):
+        read_record(store, "e" * 64, SHARD)
+
+
 def test_record_of_a_newer_version_is_refused(tmp_path):
     store = open_store(str(tmp_path))
     create_record(store, record_path(LABELER, SHARD), {"schema": 3})

@@ -112,6 +112,25 @@ def test_fixed_threshold_keeps_what_reaches_it(lab):
     assert manifest.counts["items"] == {"a": 3, "b": 4, "c": 3}
 
 
+def test_a_selection_reads_the_rows_of_its_own_labeler_only(lab):
+    # The other teacher turns every class into the next one and every confidence c into 1.25 - c,
+    # so it is a/3 (.8125) that stays and a/0, b/0 and c/0 (.3125, .375, .375) that go, with b/1
+    # (.4375).
+    other_rows = {
+        stem: [(key, (label + 1) % 3, 1.25 - c, truth) for key, label, c, truth in rows]
+        for stem, rows in ROWS.items()
+    }
+    labels, other_labels = plant(lab), plant(lab, other_rows, labeler="e" * 64)
+    assert labels.inputs["corpus"] == other_labels.inputs["corpus"]
+    first, second = (select(lab, config(), labels=one) for one in (labels, other_labels))
+    assert set(copies(lab, first)) == {f"{s}/{row[0]}" for s in ROWS for row in ROWS[s]} - {"a/3"}
+    assert set(copies(lab, second)) == {"a/1", "a/2", "a/3", "b/2", "b/3", "c/1", "c/2"}
+    for stem, rows in ROWS.items():
+        of_first = [label for _, label, _, _ in rows]
+        assert stored(lab, first)[stem].label.tolist() == of_first
+        assert stored(lab, second)[stem].label.tolist() == [(label + 1) % 3 for label in of_first]
+
+
 def test_top_k_keeps_the_best_of_each_class_and_ties_go_by_key(lab):
     manifest = select(lab, config(balance=TopKConfig(k=2)))
     # Class 0: a/0 .9375, then b/0 and c/0 tie at .875: the smaller key wins. Class 1: a/2, b/3.
