@@ -1,0 +1,106 @@
+"""Shards under another name or in several corpora: labelled once, selected under each name."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from models.balancing import BalanceNoneConfig
+from models.thresholds import FixedThresholdConfig
+from storage.predictions import read_predictions, read_record
+from tasks import labeling
+from tasks.publishing import PARTS_FOLDER, publish_selection
+from tasks.selection import SelectionConfig
+
+KEEP_ALL = SelectionConfig(
+    calibration="none",
+    threshold=FixedThresholdConfig(confidence=0),
+    balance=BalanceNoneConfig(),
+    allow_collapse=True,
+)
+
+
+@pytest.fixture
+def taught(pipeline, lab):
+    """This test's store with the pipeline's teacher in it."""
+    model = f"models/{pipeline.teacher.fingerprint}"
+    shutil.copytree(Path(pipeline.lab.store.url) / model, Path(lab.store.url) / model)
+    return lab
+
+
+@pytest.fixture
+def labelled_stems(monkeypatch):
+    """Stems of the shards whose images the labelling reads, in their order."""
+    stems = []
+
+    def read_samples(corpus, locations, stem):
+        stems.append(stem)
+        return read(corpus, locations, stem)
+
+    read = labeling.read_samples
+    monkeypatch.setattr(labeling, "read_samples", read_samples)
+    return stems
+
+
+def selected(lab, labels, folder):
+    """Class of every selected sample by its key, as they are published."""
+    chosen = lab.select(labels, None, KEEP_ALL)
+    publish_selection(
+        lab.store,
+        labels,
+        chosen,
+        lab.unlabeled,
+        str(folder),
+        class_names=lab.class_names,
+        facts={},
+        has_rejected=False,
+    )
+    table = pq.read_table(folder / PARTS_FOLDER)
+    return dict(zip(table["key"].to_pylist(), table["label_id"].to_pylist(), strict=True))
+
+
+def predicted(lab, teacher, stem):
+    """Class of every sample of a shard by its key in the shard, as it is stored."""
+    record = read_record(lab.store, lab.labeler(teacher), lab.unlabeled.shard(stem).digest)
+    assert record is not None
+    found = read_predictions(lab.store, record)
+    return dict(zip(found.keys, found.label.tolist(), strict=True))
+
+
+def with_shards(lab, folder, shards):
+    lab.write_split(folder, shards)
+    return lab.with_corpora(unlabeled=lab.index_into(lab.store, folder))
+
+
+def test_a_renamed_shard_keeps_its_predictions_and_is_selected_under_its_new_name(
+    pipeline, taught, labelled_stems, tmp_path
+):
+    teacher = pipeline.teacher.fingerprint
+    shards = {
+        "kept": taught.images_of("k", 4, start=9000),
+        "old": taught.images_of("o", 5, start=9100),
+    }
+    before = with_shards(taught, tmp_path / "data", shards)
+    labels = before.label(teacher)
+    assert labelled_stems == ["kept", "old"]
+
+    (tmp_path / "data" / "old.tar").rename(tmp_path / "data" / "new.tar")
+    after = taught.with_corpora(unlabeled=taught.index_into(taught.store, tmp_path / "data"))
+    assert after.unlabeled.digest != before.unlabeled.digest
+    assert after.unlabeled.shard("new").digest == before.unlabeled.shard("old").digest
+    labeler = taught.labeler(teacher)
+    assert labeling.shards_to_label(taught.store, labeler, after.unlabeled) == []
+    labels_after = after.label(teacher)
+    assert labelled_stems == ["kept", "old"]
+
+    classes = predicted(before, teacher, "kept"), predicted(before, teacher, "old")
+    for lab, manifest, stems in (
+        (before, labels, ("kept", "old")),
+        (after, labels_after, ("kept", "new")),
+    ):
+        assert selected(lab, manifest, tmp_path / stems[1]) == {
+            f"{stem}/{key}": label
+            for stem, of_stem in zip(stems, classes, strict=True)
+            for key, label in of_stem.items()
+        }
