@@ -104,3 +104,36 @@ def test_a_renamed_shard_keeps_its_predictions_and_is_selected_under_its_new_nam
             for stem, of_stem in zip(stems, classes, strict=True)
             for key, label in of_stem.items()
         }
+
+
+def test_a_shard_of_two_corpora_is_labelled_once_and_selected_from_both(
+    pipeline, taught, labelled_stems, tmp_path
+):
+    teacher = pipeline.teacher.fingerprint
+    shared = {"shared": taught.images_of("s", 5, start=9200)}
+    first = with_shards(
+        taught, tmp_path / "1", shared | {"first": taught.images_of("a", 4, start=9300)}
+    )
+    second = with_shards(
+        taught, tmp_path / "2", shared | {"second": taught.images_of("b", 3, start=9400)}
+    )
+    digest = first.unlabeled.shard("shared").digest
+    labels = first.label(teacher)
+    stored = Path(taught.store.url) / "predictions" / taught.labeler(teacher)
+    states = {path: path.stat().st_ino for path in stored.glob(f"{digest}*")}
+    assert len(states) == 2
+
+    labelled_stems.clear()
+    labels_of_second = second.label(teacher)
+    assert labelled_stems == ["second"]
+    assert {path: path.stat().st_ino for path in stored.glob(f"{digest}*")} == states
+    of_shards = [one.counts["shards"] for one in (labels, labels_of_second)]
+    assert [set(one) for one in of_shards] == [{"first", "shared"}, {"second", "shared"}]
+    assert of_shards[0]["shared"] == of_shards[1]["shared"]
+
+    for own, lab, manifest in (("first", first, labels), ("second", second, labels_of_second)):
+        assert selected(lab, manifest, tmp_path / f"out-{own}") == {
+            f"{stem}/{key}": label
+            for stem in (own, "shared")
+            for key, label in predicted(lab, teacher, stem).items()
+        }
