@@ -57,9 +57,10 @@ class LogitAdjustConfig(BaseModel):
     kind: Literal["logit_adjust"] = "logit_adjust"
     tau: float = Field(
         default=0.4,
-        gt=0,
+        ge=0,
         le=2,
-        description="Strength. 1 is alignment to the uniform distribution; the source uses 0.4.",
+        description="Strength. 0 changes nothing, 1 is alignment to the uniform distribution; the"
+        " source uses 0.4.",
     )
 
 

@@ -55,6 +55,16 @@ def test_logit_adjustment_matches_the_golden_values():
     assert found[0] == pytest.approx([0.525776, 0.319252, 0.154971], abs=5e-7)
 
 
+def test_logit_adjustment_of_strength_zero_changes_nothing():
+    offsets = class_offsets(
+        LogitAdjustConfig(tau=0), np.array([0.7, 0.3, 0.0]), labeled_counts=None, round_index=1
+    )
+    assert offsets.tolist() == [0, 0, 0]
+    # e^2, e, 1 divided by their sum 11.107338
+    found = debiased(LogitAdjustConfig(tau=0), Z, P_HAT)
+    assert found[0] == pytest.approx([0.665241, 0.244728, 0.090031], abs=5e-7)
+
+
 def test_logit_adjustment_of_strength_one_is_alignment_to_uniform():
     expected = [0.309126, 0.398024, 0.292850]
     assert debiased(LogitAdjustConfig(tau=1), Z, P_HAT)[0] == pytest.approx(expected, abs=5e-7)
