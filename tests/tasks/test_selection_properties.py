@@ -1,5 +1,7 @@
 """What holds of every selection, whatever the balance: on seeded predictions with many ties."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -107,3 +109,27 @@ def test_no_quota_changes_a_label(lab, tmp_path, seed):
             found[balance, target] = tuple(copies(lab, manifest).items())
     assert len({found[balance, "hard"] for balance, _ in found}) >= 7
     assert all(found[balance, "soft"] == found[balance, "hard"] for balance, _ in found)
+
+
+# ns_binned keeps all that passes where no class outgrows its quota. Where one does, it thins what
+# it duplicates at a higher threshold, as released, and nothing of the kind holds. Nor does it under
+# the median, which rises when a small class falls out of it.
+@pytest.mark.parametrize(
+    ("rule", "k"),
+    [(TopKConfig, 1), (TopKConfig, 4), (TopKConfig, 15), (TopKConfig, 60), (NsBinnedConfig, 60)],
+)
+@pytest.mark.parametrize("max_copies", [1, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_higher_threshold_selects_nothing_that_a_lower_one_did_not(
+    lab, rule, k, max_copies, seed
+):
+    labels = plant(lab, planted(seed))
+    balance = rule(k=k, max_copies=max_copies)
+    kept = [
+        set(copies(lab, lab.select(labels, None, config(balance, confidence))))
+        for confidence in (0.3, 0.5, 0.7, 0.9)
+    ]
+    assert all(higher <= lower for lower, higher in pairwise(kept))
+    assert kept[-1]
+    if k > 10:
+        assert kept[-1] < kept[0]
