@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,19 @@ def workers() -> Any:
         one.close()
 
 
+def label_side_by_side(
+    workers: WorkerProcesses, job: LabelJob, groups: Sequence[Sequence[str]]
+) -> list[int]:
+    """Label every group by a worker of its own; return the samples of each shard as reported."""
+    sizes: list[int] = []
+    threads = [threading.Thread(target=workers.label, args=(job, g, sizes.append)) for g in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sizes
+
+
 def test_a_job_is_the_same_after_it_was_sent(pipeline: Any) -> None:
     changes = {"class_names": ("ä", "b", "c"), "cut": Cut(2, 0.1 + 0.2)}
     job = job_of(pipeline.lab, pipeline.teacher.fingerprint, **changes)
@@ -84,14 +97,8 @@ def test_two_processes_give_the_bytes_of_one_and_report_every_shard(
     pipeline: Any, taught: Any, workers: Any, tmp_path: Path
 ) -> None:
     job = job_of(taught, pipeline.teacher.fingerprint)
-    two, sizes = workers(2), []
-    groups = [stems_of(taught)[:2], stems_of(taught)[2:]]
-    threads = [threading.Thread(target=two.label, args=(job, g, sizes.append)) for g in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
+    two = workers(2)
+    sizes = label_side_by_side(two, job, [stems_of(taught)[:2], stems_of(taught)[2:]])
     assert sizes == [10] * 5
     expected = predictions_of(pipeline.lab, job.labeler)
     assert len(expected) == 5
@@ -103,6 +110,15 @@ def test_two_processes_give_the_bytes_of_one_and_report_every_shard(
         two.label(job_of(taught, job.models[0], corpus=corpus), ["x-0"], sizes.append)
     two.label(job, stems_of(taught), sizes.append)
     assert sizes == [10] * 10
+
+
+def test_four_processes_give_the_bytes_of_one(pipeline: Any, taught: Any, workers: Any) -> None:
+    job, four = job_of(taught, pipeline.teacher.fingerprint), workers(4)
+    first, second, *others = stems_of(taught)
+    sizes = label_side_by_side(four, job, [[second, first], *([stem] for stem in others)])
+    assert sizes == [10] * 5
+    assert len({worker._process.pid for worker in four._running.values()}) == 4
+    assert predictions_of(taught, job.labeler) == predictions_of(pipeline.lab, job.labeler)
 
 
 def test_a_worker_labels_without_the_compiler(pipeline: Any, taught: Any) -> None:
