@@ -89,6 +89,13 @@ def label(
             " in the place of the two options above."
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to label: local (a process for each GPU or core), dask or ray, or the keys"
+            " of `engine` in a run's config, such as '{kind: dask, address: tcp://host:8786}'."
+        ),
+    ] = None,
     dev: Annotated[
         str | None,
         typer.Option(
@@ -116,7 +123,11 @@ def label(
 
     Example: `selftrain label ./digits-model "s3://bucket/new-{000..099}.tar" ./labels`
     """
-    from flows.config_sections import labeling_from_file, labeling_from_options
+    from flows.config_sections import (
+        engine_from_option,
+        labeling_from_file,
+        labeling_from_options,
+    )
     from flows.loading import ConfigError
     from flows.standalone import label_alone, store_beside
     from flows.terminal_pseudo_labels import print_predictions_written
@@ -136,6 +147,7 @@ def label(
         corpus,
         out,
         config=how,
+        engine=engine_from_option(engine),
         dev=dev,
         exclude=exclude,
         device=device,

@@ -1,12 +1,14 @@
 """Sections of a run's config by themselves: of a YAML file, or of a few options."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.loading import ConfigError, StrictLoader
 from tasks.labeling import LabelingConfig
 from tasks.selection_config import SelectionConfig
@@ -29,6 +31,24 @@ def labeling_from_options(
     options = {"precision": precision, "batch_size": batch_size}
     given = {name: value for name, value in options.items() if value is not None}
     return _labeling(given, where="options", has_dev=has_dev)
+
+
+def engine_from_option(text: str | None) -> EngineConfig:
+    """Read where to label from an option: YAML as in a run's config, or a kind alone.
+
+    Args:
+        text: None for this machine.
+    Raises: ConfigError, naming every key at fault.
+    """
+    if text is None:
+        return LOCAL_ENGINE
+    try:
+        document = yaml.load(text, Loader=StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--engine {text}: {error}") from None
+    engine: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+    with _naming_faults(f"--engine {text}"):
+        return engine.validate_python({"kind": document} if isinstance(document, str) else document)
 
 
 def rules_from_file(path: Path, *, has_dev: bool) -> SelectionConfig:
@@ -118,8 +138,14 @@ def _read(path: Path, section: str) -> dict[str, Any]:
 
 
 def _checked(section: type[_Section], document: Mapping[str, Any], *, where: str) -> _Section:
-    try:
+    with _naming_faults(where):
         return section.model_validate(document)
+
+
+@contextmanager
+def _naming_faults(where: str) -> Generator[None]:
+    try:
+        yield
     except ValidationError as error:
         problems = [
             f"  {'.'.join(map(str, one['loc'])) or '(all)'}: {one['msg']}"

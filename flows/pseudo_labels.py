@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
+from flows.engine_config import LOCAL_ENGINE, EngineConfig
 from flows.evaluation import evaluate_model
 from flows.guarding import guard_corpus
 from flows.labeling import label_corpus
@@ -30,6 +31,7 @@ def pseudo_labels(
     device: DeviceChoice = "auto",
     max_bad_samples: int = 0,
     mend: bool = False,
+    engine: EngineConfig = LOCAL_ENGINE,
 ) -> dict[str, str]:
     """Label what is not labelled yet, and select from it.
 
@@ -49,6 +51,7 @@ def pseudo_labels(
         max_bad_samples: undecodable images that a shard may hold.
         mend: look for lost and damaged predictions of what is labelled already. Where labelling
             or selecting meets some, it is done anyway.
+        engine: where the corpus is labelled, as in a run.
 
     Returns: fingerprints by kind of stage: label and, where it was asked for, select.
     """
@@ -67,6 +70,7 @@ def pseudo_labels(
             max_bad_samples=max_bad_samples,
             validation=validation,
             mend=mend,
+            engine=engine,
         )
         return reference["fingerprint"]
 

@@ -11,6 +11,7 @@ from typing import Any
 # First, because it sets Prefect's defaults before Prefect is imported.
 import flows.running
 from flows.corpora import index_corpus, without_keys
+from flows.engine_config import EngineConfig
 from flows.input_checks import check_labels
 from flows.loading import ConfigError
 from flows.mending import reading_predictions
@@ -83,6 +84,7 @@ def label_alone(
     out: str,
     *,
     config: LabelingConfig,
+    engine: EngineConfig,
     dev: str | None,
     exclude: str | None,
     device: DeviceChoice,
@@ -97,6 +99,7 @@ def label_alone(
         pattern: of the corpus's shards.
         out: folder or URL.
         config: how to label.
+        engine: where.
         dev: labelled split that calibrates the top_k form.
         exclude: text file of sample keys that are left out.
         device: where to compute.
@@ -129,6 +132,7 @@ def label_alone(
                 device=device,
                 max_bad_samples=max_bad_samples,
                 mend=mend,
+                engine=engine,
                 return_state=True,
             ),
             go_on=_SAME_COMMAND,

@@ -123,6 +123,17 @@ def test_a_second_time_nothing_is_labelled_and_a_grown_corpus_costs_its_new_shar
     assert len(world.labelled) == 5
 
 
+def test_an_engine_labels_the_same_elsewhere_than_in_this_process(world: World) -> None:
+    world.label("--engine={kind: local, processes: 0}")
+    here = pyarrow.parquet.read_table(f"{world.labels}/shards")
+    assert len(world.labelled) == 4
+    shutil.rmtree(f"{world.labels}-store")
+    shutil.rmtree(world.labels)
+    world.label("--engine={kind: local, processes: 2}")
+    assert len(world.labelled) == 4
+    assert pyarrow.parquet.read_table(f"{world.labels}/shards").equals(here)
+
+
 def test_damaged_predictions_are_made_again_before_they_are_given_away(world: World) -> None:
     world.label()
     part = Path(world.labels, "shards", "part-unlabeled-2.parquet")
@@ -363,6 +374,15 @@ def test_what_cannot_be_is_refused_by_name(world: World) -> None:
     assert "form=top_k may be calibrated on labelled images" in refused(
         *("label", world.model, world.corpus, f"{labels}-k", f"--config={rules}")
     )
+    for engine, fault in (
+        ("spark", "'spark' found using 'kind' does not match any of the expected tags"),
+        ("{kind: local, proceses: 2}", "local.proceses: Extra inputs are not permitted"),
+        ("[dask]", "(all): Input should be a valid dictionary"),
+        ("{kind: dask", "while parsing a flow mapping"),
+    ):
+        stderr = refused("label", world.model, world.corpus, labels, f"--engine={engine}")
+        assert stderr.count(f"--engine {engine}: ") == 1
+        assert fault in stderr
     assert "holds predictions, not a selection" in refused("select", labels, labels)
     foreign = Path(out, "shards")
     foreign.mkdir(parents=True)
