@@ -128,6 +128,8 @@ def explain_round(
         return None
     row = predictions.keys.index(key)
     chosen = read_chosen(store, selection, labeling, shard)
+    chosen_row = chosen.keys.index(key)
+    is_leaked = chosen.reason[chosen_row] == Reason.LEAKED
     truth = int(predictions.true_label[row])
     return SampleInRound(
         predicted=_top(
@@ -143,11 +145,11 @@ def explain_round(
             predictions,
             row,
             chosen,
-            chosen.keys.index(key),
+            chosen_row,
             rules=selection.settings["selection"],
             summary=read_summary(store, selection),
             class_names=class_names,
-            leak=_leak(store, selection, shard, key),
+            leak=_leak(store, selection, shard, key) if is_leaked else None,
         ),
         truth=class_names[truth] if truth >= 0 else None,
     )
@@ -224,13 +226,10 @@ def _judgement(
     )
 
 
-def _leak(store: Store, selection: Manifest, shard: Shard, key: str) -> Leak | None:
-    """Return what the selection's leak guard found of a sample."""
-    guard = selection.inputs.get("leaks")
-    if guard is None:
-        return None
-    leaks = read_leaks(store, finished_result(store, "guard", guard.fingerprint))
-    return next((leak for leak in leaks.get(shard.stem, ()) if leak.key == key), None)
+def _leak(store: Store, selection: Manifest, shard: Shard, key: str) -> Leak:
+    """Return what the selection's leak guard found of a sample that leaked."""
+    guard = finished_result(store, "guard", selection.inputs["leaks"].fingerprint)
+    return next(leak for leak in read_leaks(store, guard)[shard.stem] if leak.key == key)
 
 
 def _thresholds(

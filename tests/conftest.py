@@ -7,6 +7,7 @@ weights learns it in twenty steps. Everything is made from seeds; no test needs 
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -503,6 +504,14 @@ def pipeline(corpora_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         student=student,
         student_validation=lab.evaluate("validate", student.fingerprint),
     )
+
+
+@pytest.fixture
+def taught(pipeline: Pipeline, lab: Lab) -> Lab:
+    """This test's store with the pipeline's teacher in it."""
+    model = f"models/{pipeline.teacher.fingerprint}"
+    shutil.copytree(Path(pipeline.lab.store.url) / model, Path(lab.store.url) / model)
+    return lab
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,14 +24,6 @@ from tasks.label_processes import (
 )
 from tasks.labeling import LabelingConfig, LabelingStopped
 from tasks.predicting import Cut
-
-
-@pytest.fixture
-def taught(pipeline: Any, lab: Any) -> Any:
-    """This test's store with the pipeline's teacher in it."""
-    model = f"models/{pipeline.teacher.fingerprint}"
-    shutil.copytree(Path(pipeline.lab.store.url) / model, Path(lab.store.url) / model)
-    return lab
 
 
 def job_of(lab: Any, model: str, **changes: Any) -> LabelJob:

@@ -1,6 +1,5 @@
 """Shards under another name or in several corpora: labelled once, selected under each name."""
 
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,14 +18,6 @@ KEEP_ALL = SelectionConfig(
     balance=BalanceNoneConfig(),
     allow_collapse=True,
 )
-
-
-@pytest.fixture
-def taught(pipeline, lab):
-    """This test's store with the pipeline's teacher in it."""
-    model = f"models/{pipeline.teacher.fingerprint}"
-    shutil.copytree(Path(pipeline.lab.store.url) / model, Path(lab.store.url) / model)
-    return lab
 
 
 @pytest.fixture
