@@ -110,17 +110,18 @@ def test_a_leaked_sample_is_explained_by_what_it_is_a_copy_of(lab):
     corpus = corpus_of(lab, ROWS)
     labels = lab.plant_labeling(lab.store, corpus, ROWS)
     manifest = lab.select(labels, None, config(), guard=plant_guard(lab, LEAKS, corpus))
-    verdicts = {
-        key: explain_round(
+    verdicts = {}
+    for key in ("0", "1"):
+        found = explain_round(
             lab.store,
             corpus.shard("a"),
             key,
             labeling=labels,
             selection=manifest,
             class_names=lab.class_names,
-        ).judgement.reason_in_words
-        for key in ("0", "1")
-    }
+        )
+        assert found is not None
+        verdicts[key] = found.judgement.reason_in_words
     assert verdicts == {"0": "leaked: a copy of dev-0/x of dev, similarity 1.000", "1": "kept"}
 
 
