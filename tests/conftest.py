@@ -25,17 +25,19 @@ from PIL import Image
 
 from flows.graph import ModelRef, RunGraph, Training, model_of
 from models.architectures import SmallCnnConfig
+from models.balancing import BalanceNoneConfig
 from models.durations import Duration
 from models.noise import AffineConfig, NoiseConfig
 from models.optimization import AdamWConfig, EmaConfig
 from models.thresholds import FixedThresholdConfig
 from models.training import TrainingConfig
-from storage.corpus import Corpus, load_corpus, save_corpus
+from storage.corpus import Corpus, Shard, load_corpus, save_corpus
 from storage.indexing import corpus_from_index, index_shards
-from storage.manifest import InputReference, Manifest, commit_manifest, put_object
+from storage.manifest import InputReference, Manifest, commit_manifest, put_object, read_stored
 from storage.patterns import expand_shards
 from storage.predictions import Predictions, write_predictions
 from storage.predictions import to_parquet as predictions_to_parquet
+from storage.selections import Selection, from_parquet
 from storage.store import Store, open_store
 from tasks import evaluation, labeling, selection, selection_writing
 from tasks.classifiers import StoredClassifier, load_classifier
@@ -308,6 +310,13 @@ class Lab:
     unlabeled: Corpus
     class_names: tuple[str, ...] = CLASS_NAMES
 
+    keep_all = SelectionConfig(
+        calibration="none",
+        threshold=FixedThresholdConfig(confidence=0),
+        balance=BalanceNoneConfig(),
+        allow_collapse=True,
+    )
+
     # What tests make worlds of their own with; fixtures are all that tests can import from here.
     png = staticmethod(png)
     write_shard = staticmethod(write_shard)
@@ -330,6 +339,26 @@ class Lab:
 
     def with_corpora(self, **corpora: Corpus) -> "Lab":
         return replace(self, **corpora)
+
+    def planted_corpus(self, rows: Mapping[str, Sequence[Any]]) -> Corpus:
+        """A corpus of shards that are nowhere, by stem with as many samples as rows."""
+        shards = [
+            Shard(stem, f"{i:x}" * 64, len(rows[stem]), 1024) for i, stem in enumerate(rows, 1)
+        ]
+        corpus = Corpus.of(shards, self.class_names)
+        save_corpus(self.store, corpus, {stem: f"/nowhere/{stem}.tar" for stem in rows})
+        return corpus
+
+    def stored_selections(
+        self, manifest: Manifest, rows: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Selection]:
+        """What was selected from a planted corpus, by stem."""
+        return {
+            stem: from_parquet(
+                read_stored(self.store, manifest.object(f"{i:x}" * 64)), num_samples=len(rows[stem])
+            )
+            for i, stem in enumerate(rows, 1)
+        }
 
     def order(
         self,

@@ -7,9 +7,7 @@ import torch
 
 from flows.config import SelfTrainingConfig
 from flows.opening import resolve_inputs
-from models.balancing import BalanceNoneConfig
 from models.noise import NoiseConfig
-from models.thresholds import FixedThresholdConfig
 from storage.corpus import EmptyCorpus, load_corpus, load_locations, read_samples, save_corpus
 from storage.exclusion import exclude
 from storage.manifest import read_stored
@@ -17,7 +15,6 @@ from storage.predictions import read_predictions, read_record
 from storage.selections import from_parquet
 from tasks.batches import TrainingBatches
 from tasks.images import clean_view, decode_image
-from tasks.selection import SelectionConfig
 
 TRAINING = {
     "architecture": {"kind": "small_cnn", "width": 4, "depth": 1},
@@ -25,12 +22,6 @@ TRAINING = {
     "batch_size": 6,
     "duration": {"steps": 12},
 }
-KEEP_ALL = SelectionConfig(
-    calibration="none",
-    threshold=FixedThresholdConfig(confidence=0),
-    balance=BalanceNoneConfig(),
-    allow_collapse=True,
-)
 GONE = {"labeled-0/l002", "labeled-2/l020", "unlabeled-1/u013", "unlabeled-4/v024"}
 
 
@@ -117,7 +108,9 @@ def test_excluded_samples_are_neither_labelled_nor_trained_on(lab):
         assert not GONE & {f"{shard.stem}/{key}" for key in keys}
         assert len(keys) == shard.num_samples
 
-    selection = own.run_selection(own.store, labeling, None, KEEP_ALL, class_names=own.class_names)
+    selection = own.run_selection(
+        own.store, labeling, None, own.keep_all, class_names=own.class_names
+    )
     assert selection.counts["samples"] == sum(selection.counts["items"].values()) == 48
     for shard in own.unlabeled.shards:
         chosen = from_parquet(

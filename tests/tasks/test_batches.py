@@ -11,24 +11,17 @@ import torch
 import storage.corpus
 import tasks.batches
 import tasks.shard_items
-from models.balancing import BalanceNoneConfig, TopKConfig
+from models.balancing import TopKConfig
 from models.noise import AffineConfig, NoiseConfig, RandomResizedConfig
 from models.objectives import Stream
 from models.thresholds import FixedThresholdConfig
 from storage.shard_cache import CacheConfig, CacheTooSmall, ShardCache
 from tasks.batches import TrainingBatches
 from tasks.images import clean_view, decode_image
-from tasks.selection import SelectionConfig
 from tasks.shard_items import TooManyBadSamples
 
 BAD = b"\x89PNG\r\n\x1a\n cut"
 CLEAN = NoiseConfig(horizontal_flip=False)
-KEEP_ALL = SelectionConfig(
-    calibration="none",
-    threshold=FixedThresholdConfig(confidence=0),
-    balance=BalanceNoneConfig(),
-    allow_collapse=True,
-)
 
 
 @pytest.fixture
@@ -202,12 +195,12 @@ def test_labels_are_put_into_the_class_order_of_the_run(lab, open_batches, tmp_p
     assert found == truth
 
 
-def select_by_hand(lab, rows, config=KEEP_ALL):
+def select_by_hand(lab, rows, config=None):
     labels = lab.plant_labeling(lab.store, lab.unlabeled, rows)
     return {
         "labeling": labels,
         "selection": lab.run_selection(
-            lab.store, labels, None, config, class_names=lab.class_names
+            lab.store, labels, None, config or lab.keep_all, class_names=lab.class_names
         ),
     }
 
@@ -269,7 +262,7 @@ def test_rejected_samples_are_never_read(lab, open_batches, tmp_path):
     )
     kept = {0, 2, 7, 8}  # u-1 has nothing to give
     rows = [(key, i % 3, 0.9 if i in kept else 0.4) for i, (key, _, _) in enumerate(samples)]
-    config = KEEP_ALL.model_copy(update={"threshold": FixedThresholdConfig(confidence=0.5)})
+    config = lab.keep_all.model_copy(update={"threshold": FixedThresholdConfig(confidence=0.5)})
     given = select_by_hand(
         chosen, {"u-0": rows[:4], "u-1": rows[4:7], "u-2": rows[7:]}, config=config
     )
@@ -282,7 +275,7 @@ def copies_of_two_images(lab, tmp_path):
     """Four copies of one image of class 0 and four of one of class 1."""
     samples = lab.images_of("u", 2, start=70, labeled=False)
     chosen = with_unlabeled(lab, tmp_path / "copies", {"u-0": samples})
-    config = KEEP_ALL.model_copy(update={"balance": TopKConfig(k=4), "target": "hard"})
+    config = lab.keep_all.model_copy(update={"balance": TopKConfig(k=4), "target": "hard"})
     rows = [(key, i, 0.9) for i, (key, _, _) in enumerate(samples)]
     return chosen, samples, select_by_hand(chosen, {"u-0": rows}, config)
 

@@ -38,13 +38,6 @@ def config(**changes):
     return SelectionConfig(**settings | changes)
 
 
-def corpus_of(lab, rows):
-    shards = [Shard(stem, f"{i:x}" * 64, len(rows[stem]), 1024) for i, stem in enumerate(rows, 1)]
-    corpus = Corpus.of(shards, lab.class_names)
-    save_corpus(lab.store, corpus, {stem: f"/nowhere/{stem}.tar" for stem in rows})
-    return corpus
-
-
 def plant_guard(lab, leaks, corpus):
     """A finished guard that found what it is told."""
     specification = guarding.specify(
@@ -68,7 +61,7 @@ def plant_guard(lab, leaks, corpus):
 
 
 def select(lab, chosen, rows=ROWS, *, leaks=None, **more):
-    corpus = corpus_of(lab, rows)
+    corpus = lab.planted_corpus(rows)
     labels = lab.plant_labeling(lab.store, corpus, rows)
     guard = None if leaks is None else plant_guard(lab, leaks, corpus)
     return lab.select(labels, None, chosen, guard=guard, **more)
@@ -77,9 +70,7 @@ def select(lab, chosen, rows=ROWS, *, leaks=None, **more):
 def kept(lab, manifest, rows=ROWS):
     """Copies and reasons of all samples, by key."""
     copies, reasons = {}, {}
-    for i, stem in enumerate(rows, start=1):
-        stored = manifest.object(f"{i:x}" * 64)
-        chosen = from_parquet(read_stored(lab.store, stored), num_samples=len(rows[stem]))
+    for stem, chosen in lab.stored_selections(manifest, rows).items():
         for key, n, reason in zip(chosen.keys, chosen.copies, chosen.reason, strict=True):
             copies[f"{stem}/{key}"] = int(n)
             reasons[f"{stem}/{key}"] = Reason(reason).name
@@ -107,7 +98,7 @@ def test_leaked_samples_are_never_kept_and_their_reason_is_stored(lab):
 
 
 def test_a_leaked_sample_is_explained_by_what_it_is_a_copy_of(lab):
-    corpus = corpus_of(lab, ROWS)
+    corpus = lab.planted_corpus(ROWS)
     labels = lab.plant_labeling(lab.store, corpus, ROWS)
     manifest = lab.select(labels, None, config(), guard=plant_guard(lab, LEAKS, corpus))
     verdicts = {}

@@ -13,9 +13,6 @@ from models.balancing import (
     TopKConfig,
 )
 from models.thresholds import FixedThresholdConfig
-from storage.corpus import Corpus, Shard, save_corpus
-from storage.manifest import read_stored
-from storage.selections import from_parquet
 from tasks.selection import SelectionConfig, read_summary
 
 STEMS = ("a", "b", "c")
@@ -45,27 +42,14 @@ def planted(seed):
 
 
 def plant(lab, rows):
-    shards = [Shard(stem, f"{i:x}" * 64, ROWS_OF_SHARD, 1024) for i, stem in enumerate(rows, 1)]
-    corpus = Corpus.of(shards, lab.class_names)
-    save_corpus(lab.store, corpus, {stem: f"/nowhere/{stem}.tar" for stem in rows})
-    return lab.plant_labeling(lab.store, corpus, rows)
+    return lab.plant_labeling(lab.store, lab.planted_corpus(rows), rows)
 
 
-def stored(lab, manifest):
-    """Selection by stem."""
-    return {
-        stem: from_parquet(
-            read_stored(lab.store, manifest.object(f"{i:x}" * 64)), num_samples=ROWS_OF_SHARD
-        )
-        for i, stem in enumerate(STEMS, 1)
-    }
-
-
-def copies(lab, manifest):
+def copies(lab, manifest, rows):
     """Copies of every selected sample, by key."""
     return {
         f"{stem}/{key}": int(n)
-        for stem, chosen in stored(lab, manifest).items()
+        for stem, chosen in lab.stored_selections(manifest, rows).items()
         for key, n in zip(chosen.keys, chosen.copies, strict=True)
         if n
     }
@@ -98,7 +82,7 @@ def test_no_quota_changes_a_label(lab, tmp_path, seed):
             manifest = lab.select(
                 labels, None, config(balance, target=target), labeled=labeled.digest
             )
-            chosen = stored(lab, manifest)
+            chosen = lab.stored_selections(manifest, rows)
             items = np.zeros(3, np.int64)
             for stem, of_stem in chosen.items():
                 predicted = {key: label for key, label, _ in rows[stem]}
@@ -106,7 +90,7 @@ def test_no_quota_changes_a_label(lab, tmp_path, seed):
                 np.add.at(items, of_stem.label, of_stem.copies)
             classes = read_summary(lab.store, manifest)["classes"]
             assert [of_class["copies"] for of_class in classes] == items.tolist()
-            found[balance, target] = tuple(copies(lab, manifest).items())
+            found[balance, target] = tuple(copies(lab, manifest, rows).items())
     assert len({found[balance, "hard"] for balance, _ in found}) >= 7
     assert all(found[balance, "soft"] == found[balance, "hard"] for balance, _ in found)
 
@@ -123,10 +107,11 @@ def test_no_quota_changes_a_label(lab, tmp_path, seed):
 def test_a_higher_threshold_selects_nothing_that_a_lower_one_did_not(
     lab, rule, k, max_copies, seed
 ):
-    labels = plant(lab, planted(seed))
+    rows = planted(seed)
+    labels = plant(lab, rows)
     balance = rule(k=k, max_copies=max_copies)
     kept = [
-        set(copies(lab, lab.select(labels, None, config(balance, confidence))))
+        set(copies(lab, lab.select(labels, None, config(balance, confidence)), rows))
         for confidence in (0.3, 0.5, 0.7, 0.9)
     ]
     assert all(higher <= lower for lower, higher in pairwise(kept))

@@ -23,8 +23,7 @@ from models.thresholds import (
 )
 from models.weighting import ConfidenceWeightConfig, SoftMatchConfig
 from storage.corpus import Corpus, Shard, load_corpus, save_corpus
-from storage.manifest import read_stored
-from storage.selections import Reason, from_parquet
+from storage.selections import Reason
 from tasks import selection, selection_passes, selection_writing
 from tasks.distributions import Calibration
 from tasks.selection import SelectionConfig, read_summary
@@ -52,12 +51,7 @@ def config(**changes: Any) -> SelectionConfig:
 
 def plant(lab, rows=None):
     rows = ROWS if rows is None else rows
-    shards = [
-        Shard(stem, f"{i:x}" * 64, len(rows[stem]), 1024) for i, stem in enumerate(rows, start=1)
-    ]
-    corpus = Corpus.of(shards, lab.class_names)
-    save_corpus(lab.store, corpus, {stem: f"/nowhere/{stem}.tar" for stem in rows})
-    return lab.plant_labeling(lab.store, corpus, rows)
+    return lab.plant_labeling(lab.store, lab.planted_corpus(rows), rows)
 
 
 def plant_labels(lab, counts):
@@ -81,12 +75,7 @@ def select(lab, chosen, rows=None, *, validation=None, **more):
 
 def stored(lab, manifest, rows=None):
     rows = ROWS if rows is None else rows
-    return {
-        stem: from_parquet(
-            read_stored(lab.store, manifest.object(f"{i:x}" * 64)), num_samples=len(rows[stem])
-        )
-        for i, stem in enumerate(rows, start=1)
-    }
+    return lab.stored_selections(manifest, rows)
 
 
 def kept(lab, manifest, rows=None):

@@ -9,10 +9,8 @@ import pytest
 
 from models.balancing import BalanceNoneConfig, NsBinnedConfig, TopKConfig
 from models.thresholds import FixedThresholdConfig
-from storage.corpus import Corpus, Shard, save_corpus
-from storage.manifest import read_stored
 from storage.predictions import DamagedPredictions
-from storage.selections import Reason, from_parquet
+from storage.selections import Reason
 from tasks import selection
 from tasks.selection import SelectionConfig, read_summary
 from tasks.selection_summary import CollapsedSelection, EmptySelection
@@ -51,19 +49,9 @@ def config(**changes):
     return SelectionConfig(**settings | changes)
 
 
-def corpus_of(lab, rows):
-    """A corpus that is known by name only: selection reads predictions and no shard."""
-    shards = [
-        Shard(stem, f"{i:x}" * 64, len(rows[stem]), 1024) for i, stem in enumerate(rows, start=1)
-    ]
-    corpus = Corpus.of(shards, lab.class_names)
-    save_corpus(lab.store, corpus, {stem: f"/nowhere/{stem}.tar" for stem in rows})
-    return corpus
-
-
 def plant(lab, rows=None, **more):
     rows = ROWS if rows is None else rows
-    return lab.plant_labeling(lab.store, corpus_of(lab, rows), rows, **more)
+    return lab.plant_labeling(lab.store, lab.planted_corpus(rows), rows, **more)
 
 
 def select(lab, chosen, rows=None, *, labels=None, validation=None, **more):
@@ -73,12 +61,7 @@ def select(lab, chosen, rows=None, *, labels=None, validation=None, **more):
 def stored(lab, manifest, rows=None):
     """Selection by stem."""
     rows = ROWS if rows is None else rows
-    return {
-        stem: from_parquet(
-            read_stored(lab.store, manifest.object(f"{i:x}" * 64)), num_samples=len(rows[stem])
-        )
-        for i, stem in enumerate(rows, start=1)
-    }
+    return lab.stored_selections(manifest, rows)
 
 
 def copies(lab, manifest, rows=None):
@@ -363,7 +346,7 @@ def test_a_collapsed_selection_shows_the_class_table(lab):
 def test_most_classes_empty_is_a_collapse_even_if_no_share_is_large(lab):
     rows = {"a": [(str(i), i % 2, 0.9) for i in range(8)]}
     chosen = config(allow_collapse=False, max_class_share=1.0)
-    labels = lab.plant_labeling(lab.store, corpus_of(lab, rows), rows, num_classes=5)
+    labels = lab.plant_labeling(lab.store, lab.planted_corpus(rows), rows, num_classes=5)
     names = ["a", "b", "c", "d", "e"]
     with pytest.raises(CollapsedSelection, match="3 of 5 classes get nothing"):
         lab.run_selection(lab.store, labels, None, chosen, class_names=names)

@@ -5,19 +5,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from models.balancing import BalanceNoneConfig
-from models.thresholds import FixedThresholdConfig
 from storage.predictions import read_predictions, read_record
 from tasks import labeling
 from tasks.publishing import PARTS_FOLDER, publish_selection
-from tasks.selection import SelectionConfig
-
-KEEP_ALL = SelectionConfig(
-    calibration="none",
-    threshold=FixedThresholdConfig(confidence=0),
-    balance=BalanceNoneConfig(),
-    allow_collapse=True,
-)
 
 
 @pytest.fixture
@@ -36,7 +26,7 @@ def labelled_stems(monkeypatch):
 
 def selected(lab, labels, folder):
     """Class of every selected sample by its key, as they are published."""
-    chosen = lab.select(labels, None, KEEP_ALL)
+    chosen = lab.select(labels, None, lab.keep_all)
     publish_selection(
         lab.store,
         labels,
