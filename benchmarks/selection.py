@@ -48,7 +48,7 @@ _GIGABYTE = 1e9
 def main() -> None:
     parser = benchmark_parser(__doc__, quick="10**6 rows in 100 files, once")
     parser.add_argument(
-        "--repeats", type=int, default=_TURNS, help="of 1e7 rows (7); the quickest counts"
+        "--repeats", type=int, default=_TURNS, help=f"of 1e7 rows ({_TURNS}); the quickest counts"
     )
     parser.add_argument("--folder", type=Path, help="where predictions are kept for another time")
     options = parser.parse_args()

@@ -26,6 +26,13 @@ def die_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def end_with_parent(parent: int) -> None:
+    """Do as `die_with_parent` does, and end this process now if that parent is gone already."""
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(0)
+
+
 def end_of_output(log: IO[bytes]) -> str:
     """Return the end of what children have printed into a file of theirs."""
     size = log.seek(0, os.SEEK_END)

@@ -330,20 +330,17 @@ def _plan_facts(
 ) -> dict[str, Any]:
     """Return from where on each class is kept, by the rule and with its quota, and the quota."""
     values = threshold_values(thresholds)
-    learned: dict[str, Any] = {}
-    of_rule: dict[str, Any] = {}
-    if isinstance(thresholds, ClassThresholds):
-        learned["learned_thresholds"] = np.asarray(values).tolist()
-        of_rule["class_thresholds"] = learned["learned_thresholds"]
+    learned = np.asarray(values).tolist() if isinstance(thresholds, ClassThresholds) else None
+    facts: dict[str, Any] = {} if learned is None else {"learned_thresholds": learned}
+    if not isinstance(plan, NoBalancePlan) and not ranks_by_uncertainty(balance):
+        facts["class_thresholds"] = plan.thresholds(values).tolist()
+    elif learned is not None:
+        facts["class_thresholds"] = learned
     if isinstance(plan, NoBalancePlan):
-        return learned | of_rule
+        return facts
     if isinstance(plan, NsBinnedPlan):
-        kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
-        return learned | kept_from | {"quota": plan.quota}
+        return facts | {"quota": plan.quota}
     if ranks_by_uncertainty(balance):
-        kept_from = of_rule | {"class_max_std": (1 - plan.last_confidences).tolist()}
-    else:
-        kept_from = {"class_thresholds": plan.thresholds(values).tolist()}
+        facts["class_max_std"] = (1 - plan.last_confidences).tolist()
     quotas = cast("list[int]", plan.quotas.tolist())
-    quota = {"quota": quotas[0]} if len(set(quotas)) == 1 else {"quotas": quotas}
-    return learned | kept_from | quota
+    return facts | ({"quota": quotas[0]} if len(set(quotas)) == 1 else {"quotas": quotas})

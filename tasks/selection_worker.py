@@ -17,7 +17,7 @@ from typing import Any
 
 # What is asked for is found in these, by name, and imported here before there are several.
 from tasks import selection_passes, selection_writing  # noqa: F401
-from tasks.children import die_with_parent
+from tasks.children import end_with_parent
 
 Order = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function and its arguments, as they are sent, pickled."""
@@ -39,17 +39,13 @@ def main(parent: int, descriptors: Sequence[int]) -> None:
         parent: process that has started this one.
         descriptors: of the workers' ends of the connections.
     """
-    die_with_parent()
-    if os.getppid() != parent:  # it died before
-        return
+    end_with_parent(parent)
     gc.freeze()  # or the first collection of each worker would copy what all of them share
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     server = os.getpid()
     for own in descriptors:
         if os.fork() == 0:
-            die_with_parent()
-            if os.getppid() != server:
-                os._exit(0)
+            end_with_parent(server)
             _work(own, [other for other in descriptors if other != own])
     for descriptor in descriptors:
         os.close(descriptor)
